@@ -1,0 +1,1 @@
+"""The command-line programs: Hydra in, library calls, exit codes out."""

@@ -1,0 +1,130 @@
+"""What every command shares: Hydra, the one-line errors, the exit codes.
+
+This module and the commands import neither torch nor Lightning at the top, so that `--help` and `--cfg` answer at once.
+"""
+
+import difflib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from clip_train.errors import ClipTrainError
+
+EXIT_DONE, EXIT_USER_ERROR, EXIT_RESUMABLE = 0, 2, 75
+
+
+def config_dir() -> str:
+    """The configs: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "configs"
+    return str(inside if inside.is_dir() else package.parent / "configs")
+
+
+def run_program(name: str, config_name: str, task: Callable[[DictConfig], int]) -> NoReturn:
+    """Compose the config from the command line, run `task` on it (once per job of a sweep), exit with its code."""
+    codes: list[int] = []
+
+    def job(cfg: DictConfig) -> None:
+        try:
+            codes.append(task(cfg))
+        except ClipTrainError as error:
+            _fail(name, str(error))
+
+    sys.argv[1:] = [quote_text(argument) for argument in sys.argv[1:]]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing and exiting with 1
+    try:
+        hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(name, _explain(error, config_name))
+    _exit(max(codes, default=EXIT_DONE))
+
+
+def quote_text(argument: str) -> str:
+    """Quote a value that Hydra's grammar rejects, such as the braces in `shards/{00000..00099}.tar`.
+
+    A value that begins as a list, a dictionary or a quoted text is left to Hydra, so that its slips are still found.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or key.startswith("-") or value.startswith(("[", "{", "'", '"')):
+        return argument
+    try:
+        OverridesParser.create().parse_override(argument)
+    except HydraException:
+        escaped = value.replace("'", r"\'")
+        return f"{key}='{escaped}'"
+    return argument
+
+
+def _fail(name: str, message: str) -> NoReturn:
+    if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:  # one line per node
+        print(f"{name}: error: {message}", file=sys.stderr, flush=True)
+    _exit(EXIT_USER_ERROR)
+
+
+def _exit(code: int) -> NoReturn:
+    sys.stdout.flush()
+    if code and "torch" in sys.modules:
+        from clip_train.training.launch import started_by_lightning
+
+        if started_by_lightning():
+            _wait_for_parent()
+        os._exit(code)  # at once: a worker or a collective that still waits must not hold the exit up
+    sys.exit(code)
+
+
+def _wait_for_parent(seconds: float = 30) -> None:
+    """Let the first process leave first: Lightning kills it when a child ends with an error, and its code is lost."""
+    parent, end = os.getppid(), time.monotonic() + seconds
+    while os.getppid() == parent and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _explain(error: Exception, config_name: str) -> str:
+    """Hydra's error in one line, with near misses for a name that does not exist."""
+    text = str(error)
+    if isinstance(error, MissingConfigException) and (match := re.search(r"Could not find '([^']+)'", text)):
+        group, _, choice = match[1].rpartition("/")
+        options = re.findall(r"^\t(.+)$", text, re.MULTILINE)
+        return f"{group}={choice}: no such config; {_near(choice, options)}"
+    if match := re.search(r"Could not override '([^'@]+)", text):
+        key = match[1]
+        return f"{key}: no such key; {_near(key, _known_keys(config_name))} (a new key is written +{key}=...)"
+    return " ".join(text.split())
+
+
+def _near(name: str, known: list[str]) -> str:
+    last_part = {key.rpartition(".")[2]: key for key in known}
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
+    close += [
+        last_part[key] for key in difflib.get_close_matches(name.rpartition(".")[2], list(last_part), n=3, cutoff=0.8)
+    ]
+    if close:
+        return f"did you mean {' or '.join(dict.fromkeys(close))}?"
+    return f"there are {', '.join(sorted(known))}" if len(known) <= 20 else "--cfg job prints all keys"
+
+
+def _known_keys(config_name: str) -> list[str]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        config = compose(config_name)
+    groups = [path.name for path in Path(config_dir()).iterdir() if path.is_dir() and path.name != "hydra"]
+    return groups + list(_leaves(OmegaConf.to_container(config, resolve=False), ""))
+
+
+def _leaves(value: object, path: str):
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield f"{path}{key}"
+            yield from _leaves(entry, f"{path}{key}.")

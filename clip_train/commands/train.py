@@ -1,0 +1,70 @@
+"""clip-train: train a model; without arguments, the built-in demo."""
+
+import sys
+
+from omegaconf import DictConfig
+
+from clip_train.commands.program import EXIT_DONE, EXIT_RESUMABLE, run_program
+from clip_train.errors import ConfigError
+
+_NAMES_THE_DATA = ("data=", "data.train.shards=", "experiment=", "--config-name", "-cn")
+_RUN_LENGTHS = ("max_samples", "max_steps", "max_epochs")
+
+
+def main() -> None:
+    """Entry point."""
+    if not any(argument.startswith(_NAMES_THE_DATA) for argument in sys.argv[1:]):
+        sys.argv.append("experiment=demo")
+    run_program("clip-train", "train", _train)
+
+
+def _train(cfg: DictConfig) -> int:
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    _choose_run_length(cfg, list(hydra.overrides.task))
+    console = _console()  # imports stay in here: see program.py
+    from clip_train.training.run import train
+
+    if hydra.mode and hydra.mode.name == "MULTIRUN":
+        cfg.run_name = f"{cfg.run_name or hydra.sweep.dir.rpartition('/')[2]}_{hydra.job.num}"
+    summary = train(cfg, console)
+    return EXIT_RESUMABLE if summary["stopped_by_signal"] and not summary["complete"] else EXIT_DONE
+
+
+def _choose_run_length(cfg: DictConfig, overrides: list[str]) -> None:
+    """A length on the command line replaces the config's own.
+
+    Raises:
+        ConfigError: the command line gives two.
+    """
+    given = [key for key in _RUN_LENGTHS if any(override.startswith(f"{key}=") for override in overrides)]
+    given = [key for key in given if cfg[key] is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} are both given: the length of a run is said once")
+    for key in _RUN_LENGTHS:
+        if given and key not in given:
+            cfg[key] = None
+
+
+def _console():
+    import logging
+
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    console = Console()
+    if console.is_terminal:  # print above the progress bar
+        handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="[%X]")
+    else:
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%X"))
+    logger = logging.getLogger("clip_train")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    return console
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Shards -> order -> bytes -> pixels and tokens -> batches."""

@@ -1,0 +1,78 @@
+"""CLIP's byte-pair tokenizer: the original 49,408 ids, offline, on the Rust `tokenizers` library."""
+
+import gzip
+import html
+from collections.abc import Sequence
+from importlib.resources import files
+
+import ftfy
+import numpy as np
+from jaxtyping import Int64
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
+
+VOCAB_SIZE = 49408
+START_TOKEN, END_TOKEN = "<start_of_text>", "<end_of_text>"
+START_ID, END_ID = VOCAB_SIZE - 2, VOCAB_SIZE - 1
+_NUM_MERGES = VOCAB_SIZE - 2 - 512  # 256 bytes, each alone and at the end of a word, and the two special tokens
+# The original pattern ignores case. Captions are lower-cased before, so that this shows in two characters only: the
+# long s matches 's', and U+0345 (a mark whose capital is a letter) matches neither class and is dropped.
+_WORDS = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{0345}]+"
+
+
+class ClipTokenizer:
+    """Captions to token ids, equal to OpenAI's and open_clip's.
+
+    Args:
+        context_length: ids per caption; longer captions are cut and keep the end token, shorter are padded with 0.
+    """
+
+    def __init__(self, context_length: int = 77) -> None:
+        self.context_length = context_length
+        self._tokenizer = _byte_pair_tokenizer()
+        self._tokenizer.enable_truncation(context_length)
+        self._tokenizer.enable_padding(length=context_length, pad_id=0)
+
+    def __call__(self, captions: Sequence[str]) -> Int64[np.ndarray, "captions context"]:
+        encodings = self._tokenizer.encode_batch_fast([clean_caption(caption) for caption in captions])
+        ids = [encoding.ids for encoding in encodings]
+        return np.array(ids, dtype=np.int64).reshape(len(captions), self.context_length)
+
+
+def clean_caption(caption: str) -> str:
+    """Mend broken Unicode, resolve HTML entities (twice, as they are often escaped twice), collapse blanks, lower."""
+    if not (caption.isascii() and caption.isprintable() and "&" not in caption):  # else there is nothing to mend
+        caption = html.unescape(html.unescape(ftfy.fix_text(caption)))
+    return " ".join(caption.split()).lower()
+
+
+def _byte_pair_tokenizer() -> Tokenizer:
+    merges = _read_merges()
+    letters = _byte_letters()
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges)]
+    vocabulary = {word: number for number, word in enumerate([*words, START_TOKEN, END_TOKEN])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{START_TOKEN} $A {END_TOKEN}",
+        special_tokens=[(START_TOKEN, START_ID), (END_TOKEN, END_ID)],
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (START_TOKEN, END_TOKEN)])
+    return tokenizer
+
+
+def _read_merges() -> list[tuple[str, str]]:
+    packed = (files("clip_train") / "assets" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : 1 + _NUM_MERGES]
+    return [(left, right) for left, right in (line.split() for line in lines)]
+
+
+def _byte_letters() -> list[str]:
+    """GPT-2's printable letter for each byte, in the order of CLIP's vocabulary: printable bytes first."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(len(others))]

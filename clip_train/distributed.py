@@ -1,0 +1,55 @@
+"""The process group, for code that must also run without one."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from clip_train.errors import DataError
+
+
+def group_size(group: dist.ProcessGroup | None = None) -> int:
+    """Ranks in the group; 1 where there is no process group."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def group_rank(group: dist.ProcessGroup | None = None) -> int:
+    """This rank in the group; 0 where there is no process group."""
+    return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+def gather_ragged(local: Tensor, sizes: list[int]) -> Tensor:
+    """Concatenate rows of all ranks, in rank order, where rank r has `sizes[r]` of them. No gradients."""
+    if len(sizes) == 1:
+        return local
+    largest = max(sizes)
+    padded = local.new_zeros(largest, *local.shape[1:])
+    padded[: len(local)] = local
+    gathered = local.new_empty(len(sizes), *padded.shape)
+    dist.all_gather_into_tensor(gathered.view(-1, *padded.shape[1:]), padded)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes)])
+
+
+def sum_over_ranks(local: Tensor) -> Tensor:
+    """The sum over ranks, on every rank. No gradients."""
+    if group_size() > 1:
+        dist.all_reduce(local)
+    return local
+
+
+def gather_strings(local: list[str], group: dist.ProcessGroup | None = None) -> list[str]:
+    """The strings of all ranks, in rank order."""
+    if group_size(group) == 1:
+        return local
+    gathered: list[list[str]] = [[] for _ in range(group_size(group))]
+    dist.all_gather_object(gathered, local, group=group)
+    return [string for part in gathered for string in part]
+
+
+def raise_everywhere(error: str) -> None:
+    """Raise on all ranks if any rank has an error, so that none waits for one that is gone.
+
+    Raises:
+        DataError: with the first rank's message.
+    """
+    if errors := gather_strings([error] if error else []):
+        raise DataError(errors[0])

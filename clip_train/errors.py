@@ -1,0 +1,17 @@
+"""Errors that are the user's to mend. `commands/` prints each as one line and exits with 2."""
+
+
+class ClipTrainError(Exception):
+    """The input is wrong; the message names the thing and the remedy, in one line."""
+
+
+class ConfigError(ClipTrainError):
+    """A config key or value that cannot be used."""
+
+
+class DataError(ClipTrainError):
+    """Shards or samples that cannot be used."""
+
+
+class RunExistsError(ClipTrainError):
+    """The run folder already holds a run and resuming was not asked for."""

@@ -1,0 +1,1 @@
+"""Retrieval on validation sets, exact and sharded over ranks."""

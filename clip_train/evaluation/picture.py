@@ -1,0 +1,73 @@
+"""retrieval.png: what the model finds, for people to look at."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from clip_train.data.batches import EvalBatches
+from clip_train.evaluation.features import Features
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+_QUERIES = 6
+_NEAREST = 5
+_RIGHT, _WRONG = "#1a7f37", "#57606a"
+
+
+def draw_retrieval(path: Path, title: str, batches: EvalBatches, features: Features) -> None:
+    """Query pictures beside their five nearest names, query names beside their five nearest pictures.
+
+    The queries are spread evenly over the set; right answers are green and ticked.
+    """
+    count = len(batches)
+    queries = [int(i) for i in np.linspace(0, count - 1, min(_QUERIES, count))]
+    nearest = min(_NEAREST, count)
+    chosen = features.image[queries] @ features.text.T, features.text[queries] @ features.image.T
+    to_text, to_image = (scores.topk(nearest).indices.tolist() for scores in chosen)
+    figure, axes = plt.subplots(len(queries), 2 + 1 + nearest, figsize=(15, 1.75 * len(queries)), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, query, names, pictures in zip(axes, queries, to_text, to_image, strict=True):
+        picture, caption = batches.picture_and_caption(query)
+        row[0].imshow(picture)
+        _list_names(row[1], [batches.picture_and_caption(i)[1] for i in names], names, query)
+        row[2].text(1, 0.5, _shorten(caption, 24), ha="right", va="center", fontsize=10, transform=row[2].transAxes)
+        for axis, index in zip(row[3:], pictures):
+            _show_answer(axis, batches.picture_and_caption(index)[0], index == query)
+    axes[0][0].set_title("picture", fontsize=11)
+    axes[0][1].set_title(f"its {nearest} nearest names", fontsize=11, loc="left")
+    axes[0][2].set_title("name", fontsize=11, loc="right")
+    axes[0][3].set_title(f"its {nearest} nearest pictures", fontsize=11, loc="left")
+    figure.suptitle(title)
+    figure.tight_layout()
+    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.png")
+    figure.savefig(temporary, dpi=100)
+    plt.close(figure)
+    os.replace(temporary, path)
+
+
+def _list_names(axis, names: Sequence[str], indices: Sequence[int], query: int) -> None:
+    for line, (name, index) in enumerate(zip(names, indices, strict=True)):
+        right = index == query
+        text = f"{'✓' if right else ' '} {_shorten(name, 30)}"
+        weight, color = ("bold", _RIGHT) if right else ("normal", _WRONG)
+        axis.text(
+            0, 0.9 - 0.19 * line, text, fontsize=9, color=color, weight=weight, va="center", transform=axis.transAxes
+        )
+
+
+def _show_answer(axis, picture: np.ndarray, right: bool) -> None:
+    axis.imshow(picture)
+    if right:
+        height, width = picture.shape[:2]
+        axis.add_patch(plt.Rectangle((-0.5, -0.5), width, height, fill=False, edgecolor=_RIGHT, linewidth=4))
+        axis.set_title("✓", fontsize=11, color=_RIGHT, weight="bold", pad=2)
+
+
+def _shorten(text: str, length: int) -> str:
+    text = " ".join(text.split()).replace("$", r"\$")  # a dollar would start matplotlib's mathematics
+    return text if len(text) <= length else text[: length - 1] + "…"

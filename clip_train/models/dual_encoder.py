@@ -1,0 +1,108 @@
+"""The CLIP model: two towers, one joint embedding, one learned temperature."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clip_train.models.text_tower import TextTower
+from clip_train.models.vision_tower import VisionTower
+
+# Mean and standard deviation of the red, green and blue of OpenAI's training pictures.
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
+MAX_LOGIT_SCALE = math.log(100)
+
+
+class DualEncoder(nn.Module):
+    """Images and texts to unit vectors whose cosine says how well they match (Radford et al., 2021).
+
+    Attributes:
+        logit_scale: log of the inverse temperature. It stays in fp32 whatever the model is converted to: in bf16 its
+            step near ln 100 is 0.03.
+    """
+
+    def __init__(
+        self,
+        vision: VisionTower,
+        text: TextTower,
+        image_mean: Sequence[float] = OPENAI_MEAN,
+        image_std: Sequence[float] = OPENAI_STD,
+    ) -> None:
+        super().__init__()
+        self.vision = vision
+        self.text = text
+        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        self.register_buffer("image_mean", 255 * torch.tensor(image_mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("image_std", 255 * torch.tensor(image_std).view(3, 1, 1), persistent=False)
+
+    def encode_image(
+        self, pixels: UInt8[Tensor, "b 3 height width"] | Float[Tensor, "b 3 height width"]
+    ) -> Float[Tensor, "b embed"]:
+        """Unit vectors. uint8 pixels are normalised here, on the device; floating-point ones are taken as normalised."""
+        if pixels.dtype == torch.uint8:
+            pixels = (pixels.to(self.image_mean.dtype) - self.image_mean) / self.image_std
+        return F.normalize(self.vision(pixels).float(), dim=-1)
+
+    def encode_text(self, ids: Int64[Tensor, "b context"]) -> Float[Tensor, "b embed"]:
+        """Unit vectors."""
+        return F.normalize(self.text(ids).float(), dim=-1)
+
+    def forward(
+        self, pixels: UInt8[Tensor, "b 3 height width"], ids: Int64[Tensor, "b context"]
+    ) -> tuple[Float[Tensor, "b embed"], Float[Tensor, "b embed"]]:
+        """Embeddings of images and texts."""
+        return self.encode_image(pixels), self.encode_text(ids)
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the scale between 1 and 100; to be called after each optimizer step."""
+        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    def _apply(self, fn, recurse: bool = True):
+        scale = self.logit_scale.detach().clone()
+        super()._apply(fn, recurse)
+        self.logit_scale.data = scale.to(self.logit_scale.device)
+        return self
+
+
+def create_dual_encoder(
+    *,
+    embed_dim: int,
+    image_size: int,
+    vision: Mapping,
+    text: Mapping,
+    quick_gelu: bool = False,
+    grad_checkpointing: bool = False,
+    image_mean: Sequence[float] = OPENAI_MEAN,
+    image_std: Sequence[float] = OPENAI_STD,
+) -> DualEncoder:
+    """Build a model from the `model` group of the configs.
+
+    Args:
+        embed_dim: width of the joint embedding.
+        image_size: side of the input, in pixels.
+        vision: `name` of a timm model and `options` for it.
+        text: `width`, `layers`, `heads` and `context_length`.
+        quick_gelu: activation of both towers; OpenAI's weights need it.
+        grad_checkpointing: recompute both towers' blocks in backward.
+        image_mean, image_std: normalisation of the pixels, for values in [0, 1].
+
+    Raises:
+        ConfigError: the vision model is unknown or refuses its options.
+    """
+    model = DualEncoder(
+        VisionTower(vision["name"], image_size, embed_dim, quick_gelu, vision.get("options")),
+        TextTower(**text, embed_dim=embed_dim, quick_gelu=quick_gelu),
+        image_mean,
+        image_std,
+    )
+    if grad_checkpointing:
+        model.vision.enable_grad_checkpointing()
+        model.text.enable_grad_checkpointing()
+    return model

@@ -1,0 +1,72 @@
+"""The text encoder: CLIP's causal transformer from transformers, pooled at the end token, and a projection."""
+
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from clip_train.data.tokenizer import END_ID, START_ID, VOCAB_SIZE
+
+
+class TextTower(nn.Module):
+    """Token ids to unnormalised embeddings.
+
+    What follows the end token does not matter: attention is causal and the feature is read there.
+
+    Args:
+        width, layers, heads: size of the transformer.
+        context_length: most tokens in a text.
+        embed_dim: width of the joint embedding.
+        quick_gelu: OpenAI's x * sigmoid(1.702 x) for GELU.
+    """
+
+    def __init__(
+        self, width: int, layers: int, heads: int, context_length: int, embed_dim: int, quick_gelu: bool = False
+    ) -> None:
+        super().__init__()
+        config = CLIPTextConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            projection_dim=embed_dim,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=context_length,
+            hidden_act="quick_gelu" if quick_gelu else "gelu",
+            layer_norm_eps=1e-5,
+            bos_token_id=START_ID,
+            eos_token_id=END_ID,
+            pad_token_id=0,
+            attn_implementation="sdpa",
+        )
+        self.trunk = CLIPTextModel(config)
+        self.projection = nn.Linear(width, embed_dim, bias=False)
+        nn.init.normal_(self.projection.weight, std=width**-0.5)
+        init_text_transformer(self.trunk)
+
+    def forward(self, ids: Int64[Tensor, "b context"]) -> Float[Tensor, "b embed"]:
+        return self.projection(self.trunk(input_ids=ids).pooler_output)
+
+    def enable_grad_checkpointing(self) -> None:
+        """Recompute each block's activations in backward instead of keeping them."""
+        self.trunk.activation_checkpointing_enable()
+
+
+def init_text_transformer(trunk: CLIPTextModel) -> None:
+    """Initialise as the code of the CLIP paper does (github.com/openai/CLIP, `initialize_parameters`).
+
+    The matrices that write to the residual stream are scaled down by the square root of their number. Attention's
+    biases are zero, those of the MLP are torch's.
+    """
+    width, layers = trunk.config.hidden_size, trunk.config.num_hidden_layers
+    attention_std, fc_std = width**-0.5, (2 * width) ** -0.5
+    residual_std = attention_std * (2 * layers) ** -0.5
+    nn.init.normal_(trunk.embeddings.token_embedding.weight, std=0.02)
+    nn.init.normal_(trunk.embeddings.position_embedding.weight, std=0.01)
+    for block in trunk.encoder.layers:
+        attention, mlp = block.self_attn, block.mlp
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj):
+            nn.init.normal_(linear.weight, std=residual_std if linear is attention.out_proj else attention_std)
+            nn.init.zeros_(linear.bias)
+        for linear, std in ((mlp.fc1, fc_std), (mlp.fc2, residual_std)):
+            linear.reset_parameters()  # the bias
+            nn.init.normal_(linear.weight, std=std)

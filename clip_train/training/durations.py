@@ -1,0 +1,73 @@
+"""Lengths of training said in samples, steps, epochs or per cent; all become samples, the clock of a run."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from clip_train.errors import ConfigError
+
+_PATTERN = re.compile(r"([0-9.]+(?:e[0-9]+)?)\s*([kMG]?)\s*(samples?|steps?|epochs?|%|)")
+_PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+RUN_LENGTH_KEYS = ("max_samples", "max_steps", "max_epochs")
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What turns a duration into samples.
+
+    Attributes:
+        batch_size: samples per step, over all ranks.
+        epoch_samples: samples in the training set.
+        total_samples: length of the run.
+    """
+
+    batch_size: int
+    epoch_samples: int
+    total_samples: int
+
+    @classmethod
+    def of_run(
+        cls,
+        batch_size: int,
+        epoch_samples: int,
+        max_samples: float | None = None,
+        max_steps: int | None = None,
+        max_epochs: float | None = None,
+    ) -> "Clock":
+        """The clock of a run whose length is given in exactly one way. It is rounded up to whole steps.
+
+        Raises:
+            ConfigError: no length, two, or one that is not positive.
+        """
+        given = {
+            name: value
+            for name, value in zip(RUN_LENGTH_KEYS, (max_samples, max_steps, max_epochs))
+            if value is not None
+        }
+        if len(given) != 1:
+            said = " and ".join(f"{name}={value}" for name, value in given.items()) or "none is given"
+            raise ConfigError(f"give exactly one of {', '.join(RUN_LENGTH_KEYS)} ({said})")
+        ((name, value),) = given.items()
+        if not isinstance(value, int | float) or not value > 0:
+            raise ConfigError(f"{name}={value} is not a positive number")
+        samples = value * {"max_samples": 1, "max_steps": batch_size, "max_epochs": epoch_samples}[name]
+        return cls(batch_size, epoch_samples, math.ceil(samples / batch_size) * batch_size)
+
+    def samples(self, duration: str | int | float, setting: str) -> int:
+        """Samples in `2000 steps`, `10M samples`, `1 epoch` or `5%` of the run; a bare number is steps.
+
+        Raises:
+            ConfigError: `duration` is none of these; `setting` is the config key named in the message.
+        """
+        match = _PATTERN.fullmatch(str(duration).strip())
+        if not match:
+            raise ConfigError(f"{setting}={duration!r} is no duration; write 2000 steps, 10M samples, 1 epoch or 5%")
+        number = float(match[1]) * _PREFIXES[match[2]]
+        unit = match[3].rstrip("s") or "step"
+        per_unit = {
+            "sample": 1,
+            "step": self.batch_size,
+            "epoch": self.epoch_samples,
+            "%": self.total_samples / 100,
+        }
+        return round(number * per_unit[unit])

@@ -1,0 +1,87 @@
+"""Who starts the processes, and which of them this one is."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+from lightning.pytorch.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+
+from clip_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, known before they are connected.
+
+    Attributes:
+        accelerator: `cpu`, `gpu`, ...
+        devices: processes per node.
+        environment: tells Lightning how the processes were started.
+    """
+
+    accelerator: str
+    devices: int
+    num_nodes: int
+    rank: int
+    environment: ClusterEnvironment
+
+    @property
+    def size(self) -> int:
+        return self.devices * self.num_nodes
+
+
+def find_world(accelerator: str, devices: int | str, num_nodes: int) -> World:
+    """Read the launcher's variables (torchrun, srun), or plan `devices` processes that Lightning will start.
+
+    Args:
+        accelerator: `auto` takes a GPU if there is one.
+        devices: processes per node; `auto` is what the launcher started, else one per GPU, else one.
+        num_nodes: nodes of the run.
+
+    Raises:
+        ConfigError: `devices` and `num_nodes` contradict the launcher, or there are not so many devices.
+    """
+    if accelerator == "auto":
+        accelerator = "gpu" if torch.cuda.is_available() else "cpu"
+    if devices != "auto" and (not isinstance(devices, int) or devices < 1):
+        raise ConfigError(f"trainer.devices={devices} is neither a positive number nor auto")
+    env = os.environ
+    if TorchElasticEnvironment.detect():
+        local, size, rank = int(env["LOCAL_WORLD_SIZE"]), int(env["WORLD_SIZE"]), int(env["RANK"])
+        _check_launcher("torchrun", devices, local)
+        return World(accelerator, local, size // local, rank, TorchElasticEnvironment())
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # inside srun, not just a batch script
+        size, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_STEP_NUM_NODES"])
+        _check_launcher("srun", devices, size // nodes)
+        environment = SLURMEnvironment(auto_requeue=False)
+        return World(accelerator, size // nodes, nodes, int(env["SLURM_PROCID"]), environment)
+    available = torch.cuda.device_count() if accelerator == "gpu" else None
+    if devices == "auto":
+        devices = available or 1
+    if available is not None and devices > available:
+        raise ConfigError(f"trainer.devices={devices}, but this machine has {available} GPU(s)")
+    rank = int(env.get("NODE_RANK", "0")) * devices + int(env.get("LOCAL_RANK", "0"))
+    return World(accelerator, devices, num_nodes, rank, LightningEnvironment())
+
+
+def started_by_lightning() -> bool:
+    """Whether this process is one of those that `trainer.devices` made the first process start."""
+    return int(os.environ.get("LOCAL_RANK", "0")) > 0 and not TorchElasticEnvironment.detect()
+
+
+def _check_launcher(launcher: str, devices: int | str, local: int) -> None:
+    if devices not in ("auto", local):
+        raise ConfigError(
+            f"trainer.devices={devices}, but {launcher} started {local} process(es) per node: leave it at auto"
+        )
+
+
+def cpus_per_process(world: World) -> int:
+    """Processors this process may use, its neighbours' share left out."""
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, available // world.devices)

@@ -1,0 +1,89 @@
+"""What a run reports: every step's metrics, read from the device every few steps."""
+
+import time
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from clip_train.training.csv_logger import CsvLogger
+from clip_train.training.module import ClipModule
+
+
+def log_metrics(trainer: L.Trainer, samples_seen: int, metrics: dict[str, float], step: int | None = None) -> None:
+    """Send metrics to every logger; each row carries `step` and `samples_seen`."""
+    for logger in trainer.loggers:
+        logger.log_metrics(
+            {**metrics, "samples_seen": samples_seen}, step=trainer.global_step if step is None else step
+        )
+
+
+class TrainMetrics(Callback):
+    """Logs loss, scale, rate, gradient norm, speed and share of time waiting for data, for every step.
+
+    Scalars stay on the device for `log_every` steps, so that a step does not wait for the device.
+
+    Attributes:
+        latest: the last values read, for the progress display and the summary.
+        samples_per_second: over the whole run, the first step left out (it warms caches up).
+    """
+
+    def __init__(self, log_every: int, batch_size: int) -> None:
+        self.log_every, self.batch_size = log_every, batch_size
+        self.latest: dict[str, float] = {}
+        self.bad_samples = 0
+        self._pending: list[tuple[int, int, dict[str, Tensor | float]]] = []
+        self._step_end = self._first_step_end = 0.0
+        self._window_start, self._waited, self._steps_timed = 0.0, 0.0, 0
+
+    @property
+    def samples_per_second(self) -> float:
+        elapsed = self._step_end - self._first_step_end
+        return self._steps_timed * self.batch_size / elapsed if elapsed > 0 else 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, CsvLogger):
+                logger.forget_after(pl_module.samples_seen)
+        self._step_end = self._window_start = time.perf_counter()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self._waited += time.perf_counter() - self._step_end
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: ClipModule, outputs, batch, batch_idx) -> None:
+        metrics = {**pl_module.step_metrics, "data/bad_samples": float(self.bad_samples)}
+        self._pending.append((trainer.global_step, pl_module.samples_seen, metrics))
+        if len(self._pending) >= self.log_every or trainer.should_stop or not self.latest:
+            self._flush(trainer)
+        self._step_end = time.perf_counter()
+        if self._first_step_end:
+            self._steps_timed += 1
+        else:
+            self._first_step_end = self._step_end
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self._flush(trainer)
+
+    def _flush(self, trainer: L.Trainer) -> None:
+        if not self._pending:
+            return
+        rows = _read([metrics for *_, metrics in self._pending])
+        now = time.perf_counter()  # after the device has caught up
+        elapsed = now - self._window_start
+        speed = {
+            "train/samples_per_second": len(self._pending) * self.batch_size / elapsed,
+            "train/data_wait_fraction": self._waited / elapsed,
+        }
+        for (step, samples_seen, _), row in zip(self._pending, rows, strict=True):
+            self.latest = {**row, **speed}
+            log_metrics(trainer, samples_seen, self.latest, step)
+        self._pending = []
+        self._window_start, self._waited = now, 0.0
+
+
+def _read(rows: list[dict[str, Tensor | float]]) -> list[dict[str, float]]:
+    """Rows of plain numbers, by one transfer from the device."""
+    tensors = [value.float() for row in rows for value in row.values() if isinstance(value, Tensor)]
+    values = iter(torch.stack(tensors).tolist())
+    return [{k: next(values) if isinstance(v, Tensor) else v for k, v in row.items()} for row in rows]

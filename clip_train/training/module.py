@@ -1,0 +1,81 @@
+"""The LightningModule: one step of contrastive training, and the clock of the run."""
+
+from collections.abc import Mapping
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from clip_train.data.batches import Batch
+from clip_train.losses import contrastive_loss
+from clip_train.models import DualEncoder
+from clip_train.training.durations import Clock
+from clip_train.training.optimizer import build_adamw
+from clip_train.training.schedule import warmup_cosine
+
+
+class ClipModule(L.LightningModule):
+    """Trains a dual encoder.
+
+    Args:
+        model: the towers.
+        optim: the `optim` group of the configs.
+        clock: batch size and length of the run.
+
+    Attributes:
+        samples_seen: pairs consumed by finished steps; all that decides what comes next.
+        step_metrics: scalars of the last step, on the device.
+    """
+
+    def __init__(self, model: DualEncoder, optim: Mapping, clock: Clock) -> None:
+        super().__init__()
+        self.model = model
+        self.optim = optim
+        self.clock = clock
+        self.samples_seen = 0
+        self.warmup_samples = clock.samples(optim["warmup"], "optim.warmup")
+        self.step_metrics: dict[str, Tensor | float] = {}
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        image, text = self.model(batch["image"], batch["text"])
+        logit_scale = self.model.logit_scale.exp()
+        loss = contrastive_loss(image, text, logit_scale)
+        self.step_metrics = {"train/loss": loss.detach(), "train/logit_scale": logit_scale.detach()}
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        settings = {name: self.optim[name] for name in ("lr", "weight_decay", "betas", "eps")}
+        # The gradient scaler of fp16 hands fused optimizers unscaled gradients, too late for clipping.
+        return build_adamw(self.model, **settings, fused=self.trainer.precision != "16-mixed")
+
+    def on_train_start(self) -> None:
+        self.trainer.should_stop = self.samples_seen >= self.clock.total_samples  # a resumed run may be complete
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        factor = warmup_cosine(
+            self.samples_seen,
+            batch_size=self.clock.batch_size,
+            warmup_samples=self.warmup_samples,
+            total_samples=self.clock.total_samples,
+        )
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.optim["lr"] * factor
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        limit = self.optim["grad_clip"] or float("inf")
+        self.step_metrics["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.model.clamp_logit_scale()
+        self.step_metrics["train/lr"] = optimizer.param_groups[0]["lr"]
+        self.samples_seen += self.clock.batch_size
+        if self.samples_seen >= self.clock.total_samples:
+            self.trainer.should_stop = True
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["samples_seen"] = self.samples_seen
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.samples_seen = checkpoint["samples_seen"]

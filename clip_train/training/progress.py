@@ -1,0 +1,62 @@
+"""The progress display: a bar in a terminal, a line now and then elsewhere."""
+
+import logging
+import time
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from clip_train.training.metrics import TrainMetrics
+from clip_train.training.module import ClipModule
+
+log = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_LINES = 10
+
+
+class ProgressDisplay(Callback):
+    """Shows step, loss, samples/s, share of time waiting for data, and the time left."""
+
+    def __init__(self, metrics: TrainMetrics, console: Console) -> None:
+        self.metrics, self.console = metrics, console
+        self._bar: Progress | None = None
+        self._last_line = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
+        if trainer.is_global_zero and self.console.is_terminal:
+            columns = (BarColumn(), TextColumn("{task.percentage:.0f}%  {task.fields[status]}"))
+            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))
+            self._bar = Progress(TextColumn("training"), *columns, *times, console=self.console)
+            self._bar.add_task("", total=pl_module.clock.total_samples, completed=pl_module.samples_seen, status="")
+            self._bar.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: ClipModule, outputs, batch, batch_idx) -> None:
+        now = time.monotonic()
+        if self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=pl_module.samples_seen, status=self._status(trainer))
+        elif trainer.is_global_zero and now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            share = pl_module.samples_seen / pl_module.clock.total_samples
+            log.info("%.0f%%  %s", 100 * share, self._status(trainer))
+            self._last_line = now
+
+    def on_train_end(self, trainer, pl_module) -> None:
+        self._stop()
+
+    def on_exception(self, trainer, pl_module, exception) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def _status(self, trainer: L.Trainer) -> str:
+        if not (latest := self.metrics.latest):
+            return ""
+        return (
+            f"step {trainer.global_step}  loss {latest['train/loss']:.3f}"
+            f"  {latest['train/samples_per_second']:,.0f} samples/s"
+            f"  data wait {latest['train/data_wait_fraction']:.0%}"
+        )

@@ -1,0 +1,45 @@
+"""The table a run begins with: what will be trained, on what, for how long."""
+
+from rich.console import Console
+from rich.table import Table
+
+from clip_train.training.data_module import ClipDataModule
+from clip_train.training.launch import World
+from clip_train.training.module import ClipModule
+
+
+def print_startup_table(
+    console: Console,
+    *,
+    run: str,
+    model_name: str,
+    module: ClipModule,
+    data: ClipDataModule,
+    world: World,
+    precision: str,
+) -> None:
+    """Model, parameters, batch arithmetic, samples and devices."""
+    model, clock = module.model, module.clock
+    vision, text, total = (sum(p.numel() for p in part.parameters()) for part in (model.vision, model.text, model))
+    steps = clock.total_samples // clock.batch_size
+    order = data.batches.order
+    rows = {
+        "run": run,
+        "model": f"{model_name} at {data.batches.image_size} px, {data.batches.tokenizer.context_length} tokens",
+        "parameters": f"{total:,} (image tower {vision:,}, text tower {text:,})",
+        "batch": f"{clock.batch_size:,} = {world.size} process(es) x {clock.batch_size // world.size:,}",
+        "samples": f"{order.num_samples:,} in {len(order.counts):,} shards",
+        "length": f"{clock.total_samples:,} samples = {steps:,} steps = {clock.total_samples / order.num_samples:.4g} epochs",
+        "learning rate": f"{module.optim['lr']:g}, {module.warmup_samples:,} samples of warm-up, then cosine",
+        "validation": ", ".join(f"{name} ({len(pairs):,})" for name, pairs in data.val_sets.items()) or "none",
+        "devices": f"{world.size} x {world.accelerator} on {world.num_nodes} node(s), {precision}",
+        "loader": f"{data.num_workers} worker(s) per process",
+    }
+    if module.samples_seen:
+        rows["resumed"] = f"at {module.samples_seen:,} samples"
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name, value in rows.items():
+        table.add_row(name, value)
+    console.print(table)

@@ -1,0 +1,82 @@
+"""Retrieval on the validation sets during training and at its end."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from clip_train.data.batches import EvalBatches
+from clip_train.evaluation.features import Features, encode_pairs
+from clip_train.evaluation.retrieval import retrieval_metrics
+from clip_train.training.checkpoints import passes
+from clip_train.training.metrics import log_metrics
+from clip_train.training.module import ClipModule
+
+log = logging.getLogger(__name__)
+
+
+class Validation(Callback):
+    """Logs `val/<set>/...` every `every_samples` samples and when the run is complete.
+
+    Args:
+        sets: validation sets by name.
+        every_samples: cadence; None evaluates at the end only.
+        batch_size: pairs per forward pass on a rank.
+        num_workers: loader processes.
+        picture: where the last evaluation draws the first set's retrieval; None for no picture.
+
+    Attributes:
+        latest: the newest metrics of all sets.
+    """
+
+    def __init__(
+        self,
+        sets: Mapping[str, EvalBatches],
+        *,
+        every_samples: int | None,
+        batch_size: int,
+        num_workers: int,
+        picture: Path | None,
+    ) -> None:
+        self.sets, self.every_samples, self.picture = sets, every_samples, picture
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.latest: dict[str, float] = {}
+
+    def on_train_batch_end(self, trainer, pl_module: ClipModule, outputs, batch, batch_idx) -> None:
+        if passes(pl_module.samples_seen, pl_module.clock.batch_size, self.every_samples) and not trainer.should_stop:
+            self._evaluate(trainer, pl_module, final=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
+        if pl_module.samples_seen >= pl_module.clock.total_samples:
+            self._evaluate(trainer, pl_module, final=True)
+
+    def _evaluate(self, trainer: L.Trainer, pl_module: ClipModule, final: bool) -> None:
+        for number, (name, batches) in enumerate(self.sets.items()):
+            features = encode_pairs(
+                pl_module.model,
+                batches,
+                batch_size=self.batch_size,
+                num_workers=self.num_workers,
+                autocast=trainer.precision_plugin.forward_context(),
+            )
+            scores = retrieval_metrics(features, pl_module.model.logit_scale.exp().item())
+            metrics = {f"val/{name}/{key}": value for key, value in scores.items()}
+            self.latest.update(metrics)
+            log_metrics(trainer, pl_module.samples_seen, metrics)
+            log.info("%s", _sentence(name, len(batches), scores))
+            if final and number == 0:
+                self._draw(trainer, f"{name}: {_sentence(name, len(batches), scores)}", batches, features)
+
+    def _draw(self, trainer: L.Trainer, title: str, batches: EvalBatches, features: Features) -> None:
+        if self.picture is not None and trainer.is_global_zero:
+            from clip_train.evaluation.picture import draw_retrieval
+
+            draw_retrieval(self.picture, title, batches, Features(features.image.cpu(), features.text.cpu()))
+            log.info("drew %s", self.picture)
+
+
+def _sentence(name: str, count: int, scores: Mapping[str, float]) -> str:
+    to_text, to_image = scores["image_to_text_recall@1"], scores["text_to_image_recall@1"]
+    return f"{name}: recall@1 among {count} pairs: image to text {to_text:.1%}, text to image {to_image:.1%}"
