@@ -74,13 +74,15 @@ def _fail(name: str, message: str) -> NoReturn:
 
 
 def _exit(code: int) -> NoReturn:
-    sys.stdout.flush()
-    if code and "torch" in sys.modules:
+    if "lightning" in sys.modules:
+        from clip_train.distributed import group_size
         from clip_train.training.launch import started_by_lightning
 
-        if started_by_lightning():
+        if code and started_by_lightning():
             _wait_for_parent()
-        os._exit(code)  # at once: a worker or a collective that still waits must not hold the exit up
+        if code and group_size() > 1:
+            sys.stdout.flush()
+            os._exit(code)  # at once: leaving the process group in good order would wait for the other ranks
     sys.exit(code)
 
 

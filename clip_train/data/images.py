@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
-from torchvision.transforms.v2 import functional
+from PIL import Image, ImageEnhance
 
 _CROP_TRIES = 10
 _DRAWS_PER_SAMPLE = 2 * _CROP_TRIES + 9
@@ -65,8 +64,8 @@ class Augmentation:
         """The crop of torchvision's RandomResizedCrop: first fit of ten tries, else the central crop that fits."""
         log_ratio = math.log(self.ratio[0]), math.log(self.ratio[1])
         for attempt in range(_CROP_TRIES):
-            area = width * height * _between(*self.scale, draws[2 * attempt])
-            aspect = math.exp(_between(*log_ratio, draws[2 * attempt + 1]))
+            area = width * height * _between(self.scale[0], self.scale[1], draws[2 * attempt])
+            aspect = math.exp(_between(log_ratio[0], log_ratio[1], draws[2 * attempt + 1]))
             crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if 0 < crop_width <= width and 0 < crop_height <= height:
                 left = int(draws[-2] * (width - crop_width + 1))
@@ -82,10 +81,14 @@ class Augmentation:
         brightness, contrast, saturation, hue = (
             _between(-greatest, greatest, draw) for greatest, draw in zip(self.color_jitter, draws, strict=True)
         )
-        image = functional.adjust_brightness(image, 1 + brightness)
-        image = functional.adjust_contrast(image, 1 + contrast)
-        image = functional.adjust_saturation(image, 1 + saturation)
-        return functional.adjust_hue(image, hue) if hue else image
+        image = ImageEnhance.Brightness(image).enhance(1 + brightness)
+        image = ImageEnhance.Contrast(image).enhance(1 + contrast)
+        image = ImageEnhance.Color(image).enhance(1 + saturation)
+        if not hue:
+            return image
+        turned, saturation_band, value = image.convert("HSV").split()
+        turned = turned.point([round(level + 256 * hue) % 256 for level in range(256)])
+        return Image.merge("HSV", (turned, saturation_band, value)).convert("RGB")
 
 
 def resize_center_crop(encoded: bytes, size: int) -> Pixels:

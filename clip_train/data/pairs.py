@@ -59,7 +59,7 @@ class PairReader:
             UnusableCaption: it has no caption one could train on.
             OSError: the shard cannot be read any more.
         """
-        index, row = self._indexes[shard], self._row(shard, sample)
+        row = self._row(shard, sample)
         captions = self._caption_key.read(self._content(shard, row, [self._caption_key.extension]))
         return Pair(self._content(shard, row, self._image_extensions), captions)
 

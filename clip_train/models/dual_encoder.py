@@ -27,6 +27,9 @@ class DualEncoder(nn.Module):
             step near ln 100 is 0.03.
     """
 
+    image_mean: Tensor
+    image_std: Tensor
+
     def __init__(
         self,
         vision: VisionTower,
@@ -44,7 +47,7 @@ class DualEncoder(nn.Module):
     def encode_image(
         self, pixels: UInt8[Tensor, "b 3 height width"] | Float[Tensor, "b 3 height width"]
     ) -> Float[Tensor, "b embed"]:
-        """Unit vectors. uint8 pixels are normalised here, on the device; floating-point ones are taken as normalised."""
+        """Unit vectors. uint8 pixels are normalised here, on the device; others are taken as normalised."""
         if pixels.dtype == torch.uint8:
             pixels = (pixels.to(self.image_mean.dtype) - self.image_mean) / self.image_std
         return F.normalize(self.vision(pixels).float(), dim=-1)

@@ -36,7 +36,6 @@ class TextTower(nn.Module):
             bos_token_id=START_ID,
             eos_token_id=END_ID,
             pad_token_id=0,
-            attn_implementation="sdpa",
         )
         self.trunk = CLIPTextModel(config)
         self.projection = nn.Linear(width, embed_dim, bias=False)
@@ -62,11 +61,11 @@ def init_text_transformer(trunk: CLIPTextModel) -> None:
     residual_std = attention_std * (2 * layers) ** -0.5
     nn.init.normal_(trunk.embeddings.token_embedding.weight, std=0.02)
     nn.init.normal_(trunk.embeddings.position_embedding.weight, std=0.01)
-    for block in trunk.encoder.layers:
-        attention, mlp = block.self_attn, block.mlp
-        for linear in (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj):
-            nn.init.normal_(linear.weight, std=residual_std if linear is attention.out_proj else attention_std)
-            nn.init.zeros_(linear.bias)
-        for linear, std in ((mlp.fc1, fc_std), (mlp.fc2, residual_std)):
-            linear.reset_parameters()  # the bias
-            nn.init.normal_(linear.weight, std=std)
+    stds = {"q_proj": attention_std, "k_proj": attention_std, "v_proj": attention_std, "out_proj": residual_std}
+    stds |= {"fc1": fc_std, "fc2": residual_std}
+    for name, linear in trunk.encoder.named_modules():
+        if isinstance(linear, nn.Linear):
+            linear.reset_parameters()
+            nn.init.normal_(linear.weight, std=stds[name.rpartition(".")[2]])
+            if name.endswith("_proj"):
+                nn.init.zeros_(linear.bias)

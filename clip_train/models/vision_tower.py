@@ -73,8 +73,8 @@ def init_vision_transformer(trunk: VisionTransformer) -> None:
         if isinstance(module, nn.Linear | nn.Conv2d | nn.LayerNorm):
             module.reset_parameters()
     for name, module in trunk.blocks.named_modules():
-        if name.endswith("attn"):
-            nn.init.xavier_uniform_(module.qkv.weight)  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue]
-            for bias in (module.qkv.bias, module.proj.bias):  # pyright: ignore[reportAttributeAccessIssue]
-                if bias is not None:
-                    nn.init.zeros_(bias)
+        if isinstance(module, nn.Linear) and name.endswith(("attn.qkv", "attn.proj")):
+            if name.endswith("qkv"):
+                nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)

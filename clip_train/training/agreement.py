@@ -2,6 +2,7 @@
 
 import signal
 from types import FrameType
+from typing import Any
 
 import lightning as L
 import torch
@@ -38,7 +39,7 @@ class RankAgreement(Callback):
         self.stopped_by_signal = False
         self._signalled = False
         self._bad_keys: list[str] = []
-        self._group: dist.ProcessGroup | None = None
+        self._group: Any = None
 
     def setup(self, trainer, pl_module, stage) -> None:
         if group_size() > 1:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from torch.utils.data import DataLoader
@@ -67,8 +67,8 @@ class ClipDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The stream from the module's `samples_seen` on."""
-        assert self.trainer is not None and isinstance(self.trainer.lightning_module, ClipModule)
-        starts = BatchStarts(self.trainer.lightning_module.samples_seen, self.batch_size)
+        module = cast(ClipModule, cast(L.Trainer, self.trainer).lightning_module)
+        starts = BatchStarts(module.samples_seen, self.batch_size)
         pin_memory = self.world.accelerator == "gpu"
         return make_loader(self.batches, starts, self.num_workers, pin_memory)
 

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from hydra.utils import instantiate
@@ -64,7 +64,12 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
     )
     clock = Clock.of_run(cfg.batch_size, data.num_samples, **{key: cfg[key] for key in RUN_LENGTH_KEYS})
     module = ClipModule(create_dual_encoder(**_plain(cfg.model)), _plain(cfg.optim), clock)
-    metrics, callbacks = _callbacks(cfg, folder, data, clock, console)
+    metrics = TrainMetrics(cfg.trainer.log_every, cfg.batch_size)
+    agreement = RankAgreement(metrics, cfg.data.max_bad_fraction)
+    checkpoint_every = None if cfg.checkpoint.every is None else clock.samples(cfg.checkpoint.every, "checkpoint.every")
+    checkpointing = Checkpointing(folder.checkpoints, checkpoint_every, cfg.checkpoint.keep)
+    validation = _validation(cfg, folder, data, clock)
+    callbacks = [agreement, metrics, checkpointing, ProgressDisplay(metrics, console), validation]
     if world.rank == 0:
         folder.create(OmegaConf.to_yaml(cfg, resolve=True))
     trainer = _trainer(cfg, world, folder, callbacks)
@@ -72,7 +77,6 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
         _announce(cfg, folder, module, data, world, console, checkpoint)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
 
-    agreement, validation = (next(c for c in callbacks if isinstance(c, kind)) for kind in (RankAgreement, Validation))
     summary = {
         "run_name": cfg.run_name,
         "complete": module.samples_seen >= clock.total_samples,
@@ -106,28 +110,14 @@ def _check_config(cfg: DictConfig, world: World) -> None:
         raise ConfigError(f"{missing[0]} has no value: give {missing[0]}=...")
 
 
-def _callbacks(
-    cfg: DictConfig, folder: RunFolder, data: ClipDataModule, clock: Clock, console: Console
-) -> tuple[TrainMetrics, list[L.Callback]]:
-    metrics = TrainMetrics(cfg.trainer.log_every, cfg.batch_size)
-    cadences = {
-        setting: None if value is None else clock.samples(value, setting)
-        for setting, value in (("checkpoint.every", cfg.checkpoint.every), ("eval.every", cfg.eval.every))
-    }
-    validation = Validation(
+def _validation(cfg: DictConfig, folder: RunFolder, data: ClipDataModule, clock: Clock) -> Validation:
+    return Validation(
         data.val_sets,
-        every_samples=cadences["eval.every"],
+        every_samples=None if cfg.eval.every is None else clock.samples(cfg.eval.every, "eval.every"),
         batch_size=cfg.eval.batch_size,
         num_workers=data.num_workers,
         picture=folder.path / "retrieval.png" if cfg.eval.picture else None,
     )
-    return metrics, [
-        RankAgreement(metrics, cfg.data.max_bad_fraction),
-        metrics,
-        Checkpointing(folder.checkpoints, cadences["checkpoint.every"], cfg.checkpoint.keep),
-        ProgressDisplay(metrics, console),
-        validation,
-    ]
 
 
 def _trainer(cfg: DictConfig, world: World, folder: RunFolder, callbacks: list[L.Callback]) -> L.Trainer:
@@ -140,7 +130,7 @@ def _trainer(cfg: DictConfig, world: World, folder: RunFolder, callbacks: list[L
         devices=world.devices,
         num_nodes=world.num_nodes,
         strategy=ddp if world.size > 1 or cfg.trainer.strategy == "ddp" else "auto",
-        precision=str(cfg.trainer.precision),
+        precision=cast(Any, str(cfg.trainer.precision)),
         plugins=[world.environment, AtomicCheckpointIO()],
         callbacks=callbacks,
         logger=[instantiate(logger, save_dir=str(folder.path)) for logger in (cfg.logger or {}).values()],

@@ -23,13 +23,14 @@ def print_startup_table(
     vision, text, total = (sum(p.numel() for p in part.parameters()) for part in (model.vision, model.text, model))
     steps = clock.total_samples // clock.batch_size
     order = data.batches.order
+    epochs = clock.total_samples / order.num_samples
     rows = {
         "run": run,
         "model": f"{model_name} at {data.batches.image_size} px, {data.batches.tokenizer.context_length} tokens",
         "parameters": f"{total:,} (image tower {vision:,}, text tower {text:,})",
         "batch": f"{clock.batch_size:,} = {world.size} process(es) x {clock.batch_size // world.size:,}",
         "samples": f"{order.num_samples:,} in {len(order.counts):,} shards",
-        "length": f"{clock.total_samples:,} samples = {steps:,} steps = {clock.total_samples / order.num_samples:.4g} epochs",
+        "length": f"{clock.total_samples:,} samples = {steps:,} steps = {epochs:.4g} epochs",
         "learning rate": f"{module.optim['lr']:g}, {module.warmup_samples:,} samples of warm-up, then cosine",
         "validation": ", ".join(f"{name} ({len(pairs):,})" for name, pairs in data.val_sets.items()) or "none",
         "devices": f"{world.size} x {world.accelerator} on {world.num_nodes} node(s), {precision}",

@@ -1,0 +1,59 @@
+"""Small shards and models for all tests."""
+
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset as wds
+from PIL import Image
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+COLORS = ["red", "green", "blue", "yellow", "pink", "white", "black", "orange"]
+
+
+def encode_image(seed: int, size: tuple[int, int] = (20, 16), format: str = "PNG") -> bytes:
+    """A picture of noise, different for each seed."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format)
+    return buffer.getvalue()
+
+
+def make_sample(number: int) -> dict:
+    caption = f"a {COLORS[number % 8]} thing number {number}"
+    return {
+        "__key__": f"{number:06d}",
+        "png": encode_image(number),
+        "txt": caption,
+        "json": {"captions": [caption, f"thing {number}"], "nested": {"title": caption.upper()}},
+    }
+
+
+def write_shard(path: Path, samples: Sequence[dict]) -> str:
+    """Write a tar as webdataset does."""
+    with wds.TarWriter(str(path)) as writer:
+        for sample in samples:
+            writer.write({k: json.dumps(v).encode() if k == "json" else v for k, v in sample.items()})
+    return str(path)
+
+
+@pytest.fixture
+def make_shards(tmp_path: Path) -> Callable[..., list[str]]:
+    """`make_shards([10, 7])` writes shards of 10 and 7 samples."""
+
+    def make(counts: Sequence[int], change: Callable[[dict], dict] = lambda sample: sample) -> list[str]:
+        folder = tmp_path / "shards"
+        folder.mkdir(exist_ok=True)
+        shards, number = [], 0
+        for shard, count in enumerate(counts):
+            samples = [change(make_sample(number + i)) for i in range(count)]
+            shards.append(write_shard(folder / f"{shard:05d}.tar", samples))
+            number += count
+        return shards
+
+    return make

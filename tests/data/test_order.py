@@ -1,0 +1,78 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clip_train.data.order import SampleOrder
+
+counts = st.lists(st.integers(1, 30), min_size=1, max_size=8)
+lanes = st.integers(1, 12)
+windows = st.integers(1, 10)
+
+
+def stream(order: SampleOrder, start: int, stop: int) -> list[tuple[int, int]]:
+    shards, samples = order.locate(np.arange(start, stop))
+    return list(zip(shards.tolist(), samples.tolist()))
+
+
+@given(counts, lanes, windows, st.integers(0, 3))
+def test_every_sample_once_per_epoch(counts, lanes, window, epoch):
+    order = SampleOrder(counts, seed=1, lanes=lanes, window=window)
+    total = sum(counts)
+    seen = stream(order, epoch * total, (epoch + 1) * total)
+    assert sorted(seen) == [(shard, i) for shard, count in enumerate(counts) for i in range(count)]
+
+
+@given(counts, lanes, windows, st.integers(0, 200), st.integers(1, 60))
+def test_order_does_not_depend_on_where_one_starts(counts, lanes, window, start, length):
+    order = SampleOrder(counts, seed=1, lanes=lanes, window=window)
+    whole = stream(order, 0, start + length)
+    assert stream(SampleOrder(counts, seed=1, lanes=lanes, window=window), start, start + length) == whole[start:]
+
+
+@given(counts, lanes, st.sampled_from([1, 2, 3, 4]), st.integers(1, 5), st.integers(0, 100))
+def test_ranks_share_each_global_batch(counts, lanes, world_size, local, step):
+    order = SampleOrder(counts, seed=1, lanes=lanes, window=4)
+    size = local * world_size
+    parts = [order.rank_positions(step * size, size, rank, world_size) for rank in range(world_size)]
+    assert [len(part) for part in parts] == [local] * world_size
+    assert sorted(np.concatenate(parts).tolist()) == list(range(step * size, (step + 1) * size))
+
+
+def test_a_rank_reads_its_share_of_the_shards():
+    order = SampleOrder([100] * 64, seed=0, lanes=64, window=50)
+    for rank in range(4):
+        touched = Counter()
+        for step in range(10):
+            positions = order.rank_positions(step * 640, 640, rank, 4)
+            touched.update(order.locate(positions)[0].tolist())
+        assert len(touched) == 16
+
+
+def test_seeds_and_epochs_differ():
+    first = SampleOrder([50, 50], seed=0)
+    assert stream(first, 0, 100) != stream(SampleOrder([50, 50], seed=1), 0, 100)
+    assert stream(first, 0, 100) != stream(first, 100, 200)
+
+
+def test_the_order_never_changes():
+    # A resumed run of an earlier release must go on with the same samples: this order is a promise.
+    order = SampleOrder([5, 3, 4], seed=3, lanes=3, window=2)
+    assert stream(order, 0, 12) == GOLDEN
+
+
+GOLDEN = [
+]
+
+
+def test_batches_are_drawn_from_everywhere():
+    order = SampleOrder([1000] * 10, seed=0, lanes=64, window=4096)
+    shards, _ = order.locate(np.arange(512))
+    assert len(set(shards.tolist())) == 10
+
+
+def test_nothing_to_order_is_an_error():
+    with pytest.raises(ValueError, match="need samples"):
+        SampleOrder([], seed=0)

@@ -1,0 +1,66 @@
+import pytest
+
+from clip_train.data.captions import CaptionKey, UnusableCaption
+from clip_train.data.index import load_indexes
+from clip_train.data.pairs import PairReader
+from clip_train.errors import ConfigError, DataError
+from tests.conftest import make_sample
+
+
+def reader(shards, image_key="jpg;jpeg;png;webp", caption_key="txt") -> PairReader:
+    return PairReader(load_indexes(shards), image_key, caption_key)
+
+
+def test_reads_any_pair(make_shards):
+    pairs = reader(make_shards([3, 2]))
+    assert (len(pairs), pairs.counts) == (5, [3, 2])
+    image, captions = pairs.read(1, 1)
+    assert (image, captions) == (make_sample(4)["png"], [make_sample(4)["txt"]])
+
+
+def test_json_paths(make_shards):
+    shards = make_shards([2])
+    assert reader(shards, caption_key="json:captions").read(0, 1).captions == ["a green thing number 1", "thing 1"]
+    assert reader(shards, caption_key="json:nested.title").read(0, 1).captions == ["A GREEN THING NUMBER 1"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"image_key": "jpg"}, r"no images under data.image_key=jpg \(found: json, png, txt\)"),
+        ({"caption_key": "text"}, r"no captions under data.caption_key=text \(found: json, png, txt\)"),
+        ({"caption_key": "json:caption"}, r"no entry 'caption' in its json \(found: captions, nested\)"),
+    ],
+)
+def test_wrong_keys_name_those_that_are_there(make_shards, keys, message):
+    with pytest.raises(DataError, match=message):
+        reader(make_shards([2]), **keys)
+
+
+def test_incomplete_samples_are_left_out_and_counted(make_shards):
+    def without_text_when_odd(sample: dict) -> dict:
+        return {k: v for k, v in sample.items() if k != "txt" or int(sample["__key__"]) % 2 == 0}
+
+    pairs = reader(make_shards([5, 4], without_text_when_odd))
+    assert (pairs.counts, pairs.num_incomplete) == ([3, 2], 4)
+    assert [pairs.read(0, i).captions[0][-1] for i in range(3)] == ["0", "2", "4"]
+
+
+def test_many_shards_do_not_exhaust_descriptors(make_shards, monkeypatch):
+    monkeypatch.setattr("clip_train.data.pairs._MAX_OPEN_FILES", 2)
+    pairs = reader(make_shards([1] * 5))
+    for shard in [0, 1, 2, 3, 4, 0, 2]:
+        assert pairs.read(shard, 0).captions[0].endswith(str(shard))
+
+
+@pytest.mark.parametrize("content", [b"", b"  \n", b"\xff\xfe", b"{}", b'{"a": 3}', b'{"a": []}', b'{"a": [" "]}', b"[1]", b"{"])
+def test_unusable_captions(content):
+    key = CaptionKey.parse("json:a") if content[:1] in (b"{", b"[") else CaptionKey.parse("txt")
+    with pytest.raises(UnusableCaption):
+        key.read(content)
+
+
+@pytest.mark.parametrize("key", ["", "json:", ":a", "txt:a"])
+def test_bad_caption_keys(key):
+    with pytest.raises(ConfigError, match="caption_key"):
+        CaptionKey.parse(key)

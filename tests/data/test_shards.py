@@ -1,0 +1,56 @@
+import os
+
+import pytest
+
+from clip_train.data.shards import expand_shards
+from clip_train.errors import DataError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a0.tar", "a1.tar", "a2.tar", "b.tar"):
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def expand(patterns) -> list[str]:
+    return [os.path.basename(shard) for shard in expand_shards(patterns, "data.train.shards")]
+
+
+def test_braces_globs_and_several(folder):
+    assert expand(f"{folder}/a{{0..2}}.tar") == ["a0.tar", "a1.tar", "a2.tar"]
+    assert expand(f"{folder}/a*.tar") == ["a0.tar", "a1.tar", "a2.tar"]
+    assert expand(f"{folder}/b.tar::{folder}/a[01].tar") == ["b.tar", "a0.tar", "a1.tar"]
+    assert expand([f"{folder}/b.tar", f"{folder}/a0.tar"]) == ["b.tar", "a0.tar"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("x*.tar", "no file matches"),
+        ("a{0..3}.tar", "a3.tar does not exist"),
+        ("", "is a folder"),
+        ("a0.tar::{folder}/a*.tar", r"names 1 shard\(s\) more than once, first .*a0.tar"),
+    ],
+)
+def test_errors_name_setting_and_shard(folder, pattern, message):
+    with pytest.raises(DataError, match=message) as error:
+        expand_shards(f"{folder}/{pattern}".replace("{folder}", str(folder)), "data.train.shards")
+    assert "data.train.shards" in str(error.value)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/{0..1}.tar", "https://host/0.tar", "pipe:cat 0.tar"])
+def test_remote_shards_are_refused_with_a_remedy(url):
+    with pytest.raises(DataError, match="copy the shards to a local folder"):
+        expand_shards(url, "data.train.shards")
+
+
+def test_demo_is_unpacked_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIP_TRAIN_CACHE", str(tmp_path))
+    shards = expand_shards("demo:emoji/train/*.tar", "data.train.shards")
+    assert len(shards) == 7
+    times = [os.stat(shard).st_mtime_ns for shard in shards]
+    assert [os.stat(s).st_mtime_ns for s in expand_shards("demo:emoji/train/*.tar", "x")] == times
+    assert len(os.listdir(tmp_path / "demo")) == 1
+    with pytest.raises(DataError, match="demo:emoji"):
+        expand_shards("demo:cats/*.tar", "data.train.shards")
