@@ -94,11 +94,11 @@ class Augmentation:
 def resize_center_crop(encoded: bytes, size: int) -> Pixels:
     """Evaluation's picture: shorter side to `size` (bicubic), then the central square. Raises OSError as above."""
     image = decode_rgb(encoded)
-    scale = size / min(image.width, image.height)
-    width, height = max(size, round(image.width * scale)), max(size, round(image.height * scale))
+    shorter = min(image.width, image.height)
+    width, height = size * image.width // shorter, size * image.height // shorter
     if (width, height) != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = round((width - size) / 2), round((height - size) / 2)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 

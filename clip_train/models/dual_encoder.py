@@ -70,7 +70,8 @@ class DualEncoder(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         scale = self.logit_scale.detach().clone()
         super()._apply(fn, recurse)
-        self.logit_scale.data = scale.to(self.logit_scale.device)
+        if not scale.is_meta:
+            self.logit_scale.data = scale.to(self.logit_scale.device)
         return self
 
 

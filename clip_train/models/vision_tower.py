@@ -52,7 +52,12 @@ def _create_trunk(name: str, image_size: int, quick_gelu: bool, options: dict) -
     if quick_gelu:
         options["act_layer"] = "quick_gelu"
     try:
-        return timm.create_model(name, num_classes=0, img_size=image_size, **options)
+        try:
+            return timm.create_model(name, num_classes=0, img_size=image_size, **options)
+        except TypeError as error:
+            if "img_size" not in str(error):
+                raise
+            return timm.create_model(name, num_classes=0, **options)  # a convolutional network takes any size
     except (TypeError, ValueError, AssertionError) as error:
         raise ConfigError(
             f"model.vision: timm cannot build {name} with image_size={image_size} {options}: {error}"
