@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset as wds
 from PIL import Image
+from webdataset.writer import TarWriter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -36,7 +36,7 @@ def make_sample(number: int) -> dict:
 
 def write_shard(path: Path, samples: Sequence[dict]) -> str:
     """Write a tar as webdataset does."""
-    with wds.TarWriter(str(path)) as writer:
+    with TarWriter(str(path)) as writer:
         for sample in samples:
             writer.write({k: json.dumps(v).encode() if k == "json" else v for k, v in sample.items()})
     return str(path)

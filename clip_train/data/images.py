@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageEnhance
+from PIL import Image
 
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _CROP_TRIES = 10
 _DRAWS_PER_SAMPLE = 2 * _CROP_TRIES + 9
 
@@ -23,7 +24,8 @@ class Augmentation:
         scale: area of the crop, as a share of the picture's, drawn uniformly.
         ratio: aspect ratio of the crop, drawn log-uniformly.
         flip_prob: probability of a left-right flip; captions often say left and right, so none by default.
-        color_jitter: greatest change of brightness, contrast, saturation (factors 1 +- x) and hue (turns +- x).
+        color_jitter: greatest change of brightness, contrast, saturation (factors 1 +- x) and hue (turns +- x). Hue
+            turns about the grey axis of RGB, not in HSV, so that the four are one linear map.
         color_jitter_prob: probability of the jitter.
         gray_scale_prob: probability of dropping all colour.
     """
@@ -78,17 +80,22 @@ class Augmentation:
         return left, top, left + crop_width, top + crop_height
 
     def _jitter(self, image: Image.Image, draws: Sequence[float]) -> Image.Image:
+        """All four changes are one linear map of (red, green, blue), and cost one pass over the picture."""
         brightness, contrast, saturation, hue = (
             _between(-greatest, greatest, draw) for greatest, draw in zip(self.color_jitter, draws, strict=True)
         )
-        image = ImageEnhance.Brightness(image).enhance(1 + brightness)
-        image = ImageEnhance.Contrast(image).enhance(1 + contrast)
-        image = ImageEnhance.Color(image).enhance(1 + saturation)
-        if not hue:
-            return image
-        turned, saturation_band, value = image.convert("HSV").split()
-        turned = turned.point([round(level + 256 * hue) % 256 for level in range(256)])
-        return Image.merge("HSV", (turned, saturation_band, value)).convert("RGB")
+        linear = (1 + brightness) * (1 + contrast) * _color_matrix(1 + saturation, hue)
+        mean = np.asarray(image).mean() * (1 + brightness)
+        offset = -contrast * mean  # contrast leaves the mean where it is
+        return image.convert("RGB", tuple(np.column_stack([linear, [offset] * 3]).ravel().tolist()))
+
+
+def _color_matrix(saturation: float, hue: float) -> np.ndarray:
+    """Scale colours away from the grey axis by `saturation` and turn them about it by `hue` turns."""
+    gray = np.full((3, 3), 1 / 3)
+    across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # the axis (1, 1, 1), as a cross product
+    turn = math.cos(2 * math.pi * hue) * (np.eye(3) - gray) + math.sin(2 * math.pi * hue) * across
+    return gray + saturation * turn
 
 
 def resize_center_crop(encoded: bytes, size: int) -> Pixels:
@@ -109,9 +116,9 @@ def decode_rgb(encoded: bytes) -> Image.Image:
         OSError: the bytes are no readable image, or one too large to be meant.
     """
     try:
-        image = Image.open(io.BytesIO(encoded))
+        image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
         image.load()
-    except (Image.DecompressionBombError, SyntaxError, ValueError) as error:  # Pillow's ways to say "broken"
+    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         raise OSError(f"unreadable image: {error}") from error
     if image.has_transparency_data:
         image = image.convert("RGBA")

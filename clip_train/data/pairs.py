@@ -32,13 +32,15 @@ class PairReader:
         indexes: from `load_indexes`.
         image_key: extensions that hold the image, `;` between them; the first that a sample has is taken.
         caption_key: see `CaptionKey`.
+        setting: where the two keys are in the config, for errors.
 
     Raises:
         DataError: a shard has no images or no captions under these keys.
     """
 
-    def __init__(self, indexes: Sequence[ShardIndex], image_key: str, caption_key: str) -> None:
+    def __init__(self, indexes: Sequence[ShardIndex], image_key: str, caption_key: str, setting: str = "data") -> None:
         self._indexes = list(indexes)
+        self._setting = setting
         self._image_extensions = image_key.split(";")
         self._caption_key = CaptionKey.parse(caption_key)
         self._rows = [self._complete_rows(index) for index in self._indexes]
@@ -98,9 +100,11 @@ class PairReader:
         found = f"found: {', '.join(index.extensions)}"
         if not images:
             wanted = ";".join(self._image_extensions)
-            raise DataError(f"shard {index.shard} has no images under data.image_key={wanted} ({found})")
+            raise DataError(f"shard {index.shard} has no images under {self._setting}.image_key={wanted} ({found})")
         if caption not in index.extensions:
-            raise DataError(f"shard {index.shard} has no captions under data.caption_key={caption} ({found})")
+            raise DataError(
+                f"shard {index.shard} has no captions under {self._setting}.caption_key={caption} ({found})"
+            )
         count = dict(zip(index.extensions, index.files_per_extension))
         if count[caption] == index.num_samples and any(count[image] == index.num_samples for image in images):
             return None
@@ -119,4 +123,6 @@ class PairReader:
             except UnusableCaption as error:
                 name = Path(self._indexes[0].shard).name
                 wanted = f"{self._caption_key.extension}:{'.'.join(self._caption_key.path)}"
-                raise DataError(f"data.caption_key={wanted}: the first sample of {name} has {error}") from error
+                raise DataError(
+                    f"{self._setting}.caption_key={wanted}: the first sample of {name} has {error}"
+                ) from error

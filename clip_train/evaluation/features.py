@@ -35,13 +35,14 @@ def encode_pairs(
     """
     rank, world_size = group_rank(), group_size()
     device = model.logit_scale.device
-    images, texts, error = [], [], ""
+    width = model.vision.projection.out_features
+    images, texts, error = [torch.empty(0, width, device=device)], [torch.empty(0, width, device=device)], ""
     was_training = model.training
     model.eval()
     with autocast:
         for batch in make_loader(batches, rank_slices(len(batches), rank, world_size, batch_size), num_workers):
             error = error or batch["error"]
-            if not error:
+            if not error and len(batch["image"]):
                 image, text = model(batch["image"].to(device), batch["text"].to(device))
                 images.append(image.float())
                 texts.append(text.float())

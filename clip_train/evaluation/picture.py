@@ -13,7 +13,7 @@ from clip_train.evaluation.features import Features
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-_QUERIES = 6
+_QUERIES = 8
 _NEAREST = 5
 _RIGHT, _WRONG = "#1a7f37", "#57606a"
 
@@ -28,22 +28,27 @@ def draw_retrieval(path: Path, title: str, batches: EvalBatches, features: Featu
     nearest = min(_NEAREST, count)
     chosen = features.image[queries] @ features.text.T, features.text[queries] @ features.image.T
     to_text, to_image = (scores.topk(nearest).indices.tolist() for scores in chosen)
-    figure, axes = plt.subplots(len(queries), 2 + 1 + nearest, figsize=(15, 1.75 * len(queries)), squeeze=False)
+    figure, axes = plt.subplots(
+        *(len(queries), 3 + nearest),
+        figsize=(13, 1.45 * len(queries) + 0.8),
+        squeeze=False,
+        width_ratios=[1, 2.6, 1.7, *[1] * nearest],
+    )
     for axis in axes.flat:
         axis.axis("off")
     for row, query, names, pictures in zip(axes, queries, to_text, to_image, strict=True):
         picture, caption = batches.picture_and_caption(query)
         row[0].imshow(picture)
         _list_names(row[1], [batches.picture_and_caption(i)[1] for i in names], names, query)
-        row[2].text(1, 0.5, _shorten(caption, 24), ha="right", va="center", fontsize=10, transform=row[2].transAxes)
+        row[2].text(0.95, 0.5, _shorten(caption, 20), ha="right", va="center", fontsize=10, transform=row[2].transAxes)
         for axis, index in zip(row[3:], pictures):
             _show_answer(axis, batches.picture_and_caption(index)[0], index == query)
-    axes[0][0].set_title("picture", fontsize=11)
-    axes[0][1].set_title(f"its {nearest} nearest names", fontsize=11, loc="left")
-    axes[0][2].set_title("name", fontsize=11, loc="right")
-    axes[0][3].set_title(f"its {nearest} nearest pictures", fontsize=11, loc="left")
-    figure.suptitle(title)
-    figure.tight_layout()
+    figure.suptitle(title, fontsize=12)
+    figure.tight_layout(rect=(0, 0, 1, 0.96))
+    headings = {0: "picture", 1: f"its {nearest} nearest names", 2: "name", 3: f"its {nearest} nearest pictures"}
+    for column, heading in headings.items():
+        box = axes[0][column].get_position()
+        figure.text(box.x0, box.y1 + 0.02, heading, fontsize=11, weight="bold")
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.png")
     figure.savefig(temporary, dpi=100)
     plt.close(figure)

@@ -47,7 +47,9 @@ class TextTower(nn.Module):
 
     def enable_grad_checkpointing(self) -> None:
         """Recompute each block's activations in backward instead of keeping them."""
-        self.trunk.activation_checkpointing_enable()
+        trunk = self.trunk  # the method's older name goes away in transformers 6, the newer came with 5.23
+        enable = getattr(trunk, "activation_checkpointing_enable", None) or trunk.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
 
 
 def init_text_transformer(trunk: CLIPTextModel) -> None:

@@ -43,7 +43,7 @@ class ClipDataModule(L.LightningDataModule):
         self.world, self.batch_size = world, batch_size
         self.num_workers = _num_workers(data["num_workers"], world)
         tokenizer = ClipTokenizer(context_length)
-        reader = _open("data.train.shards", data["train"]["shards"], data, world)
+        reader = _open("data.train", data["train"]["shards"], data, "data", world)
         self.batches = TrainBatches(
             reader=reader,
             order=SampleOrder(reader.counts, seed=seed, lanes=data["lanes"], window=data["shuffle_window"]),
@@ -56,7 +56,7 @@ class ClipDataModule(L.LightningDataModule):
         )
         val = {**data, **{key: value for key, value in data["val"].items() if value is not None}}
         self.val_sets = {
-            name: EvalBatches(_open("data.val.shards", patterns, val, world), tokenizer, image_size)
+            name: EvalBatches(_open("data.val", patterns, val, "data.val", world), tokenizer, image_size)
             for name, patterns in _named_sets(data["val"]["shards"]).items()
         }
 
@@ -73,10 +73,10 @@ class ClipDataModule(L.LightningDataModule):
         return make_loader(self.batches, starts, self.num_workers, pin_memory)
 
 
-def _open(setting: str, patterns, data: Mapping[str, Any], world: World) -> PairReader:
-    shards = expand_shards(patterns, setting)
+def _open(source: str, patterns, data: Mapping[str, Any], keys: str, world: World) -> PairReader:
+    shards = expand_shards(patterns, f"{source}.shards")
     indexes = load_indexes(shards, data["cache_dir"], world.rank, world.size)
-    return PairReader(indexes, data["image_key"], data["caption_key"])
+    return PairReader(indexes, data["image_key"], data["caption_key"], setting=keys)
 
 
 def _named_sets(shards: str | Mapping[str, str] | None) -> dict[str, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from clip_train.errors import ConfigError
 
-_PATTERN = re.compile(r"([0-9.]+(?:e[0-9]+)?)\s*([kMG]?)\s*(samples?|steps?|epochs?|%|)")
+_PATTERN = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kMG]?)\s*(samples?|steps?|epochs?|%|)")
 _PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 RUN_LENGTH_KEYS = ("max_samples", "max_steps", "max_epochs")
 

@@ -57,7 +57,10 @@ def find_world(accelerator: str, devices: int | str, num_nodes: int) -> World:
         return World(accelerator, local, size // local, rank, TorchElasticEnvironment())
     if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # inside srun, not just a batch script
         size, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_STEP_NUM_NODES"])
+        if size % nodes:
+            raise ConfigError(f"srun started {size} tasks on {nodes} nodes: start equally many on each")
         _check_launcher("srun", devices, size // nodes)
+        env.setdefault("SLURM_NTASKS_PER_NODE", str(size // nodes))  # Lightning insists, even for a plain `srun -n`
         environment = SLURMEnvironment(auto_requeue=False)
         return World(accelerator, size // nodes, nodes, int(env["SLURM_PROCID"]), environment)
     available = torch.cuda.device_count() if accelerator == "gpu" else None

@@ -1,5 +1,6 @@
 """What a run reports: every step's metrics, read from the device every few steps."""
 
+import math
 import time
 
 import lightning as L
@@ -9,6 +10,10 @@ from torch import Tensor
 
 from clip_train.training.csv_logger import CsvLogger
 from clip_train.training.module import ClipModule
+
+
+class NonFiniteLossError(RuntimeError):
+    """Training has diverged; every rank raises it, as the loss is the same on all."""
 
 
 def log_metrics(trainer: L.Trainer, samples_seen: int, metrics: dict[str, float], step: int | None = None) -> None:
@@ -78,6 +83,10 @@ class TrainMetrics(Callback):
         for (step, samples_seen, _), row in zip(self._pending, rows, strict=True):
             self.latest = {**row, **speed}
             log_metrics(trainer, samples_seen, self.latest, step)
+            if not math.isfinite(row["train/loss"]):
+                raise NonFiniteLossError(
+                    f"the loss is {row['train/loss']} at step {step} ({samples_seen} samples seen)"
+                )
         self._pending = []
         self._window_start, self._waited = now, 0.0
 

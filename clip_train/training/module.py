@@ -1,17 +1,18 @@
 """The LightningModule: one step of contrastive training, and the clock of the run."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import lightning as L
 import torch
 from torch import Tensor
 
 from clip_train.data.batches import Batch
-from clip_train.losses import contrastive_loss
 from clip_train.models import DualEncoder
 from clip_train.training.durations import Clock
 from clip_train.training.optimizer import build_adamw
 from clip_train.training.schedule import warmup_cosine
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class ClipModule(L.LightningModule):
@@ -19,6 +20,7 @@ class ClipModule(L.LightningModule):
 
     Args:
         model: the towers.
+        loss: of this rank's image and text features and the inverse temperature; the mean over the global batch.
         optim: the `optim` group of the configs.
         clock: batch size and length of the run.
 
@@ -27,9 +29,10 @@ class ClipModule(L.LightningModule):
         step_metrics: scalars of the last step, on the device.
     """
 
-    def __init__(self, model: DualEncoder, optim: Mapping, clock: Clock) -> None:
+    def __init__(self, model: DualEncoder, loss: Loss, optim: Mapping, clock: Clock) -> None:
         super().__init__()
         self.model = model
+        self.loss = loss
         self.optim = optim
         self.clock = clock
         self.samples_seen = 0
@@ -39,7 +42,7 @@ class ClipModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         image, text = self.model(batch["image"], batch["text"])
         logit_scale = self.model.logit_scale.exp()
-        loss = contrastive_loss(image, text, logit_scale)
+        loss = self.loss(image, text, logit_scale)
         self.step_metrics = {"train/loss": loss.detach(), "train/logit_scale": logit_scale.detach()}
         return loss
 

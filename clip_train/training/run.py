@@ -63,7 +63,8 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
         world=world,
     )
     clock = Clock.of_run(cfg.batch_size, data.num_samples, **{key: cfg[key] for key in RUN_LENGTH_KEYS})
-    module = ClipModule(create_dual_encoder(**_plain(cfg.model)), _plain(cfg.optim), clock)
+    model = create_dual_encoder(**_plain(cfg.model))
+    module = ClipModule(model, instantiate(cfg.loss), _plain(cfg.optim), clock)
     metrics = TrainMetrics(cfg.trainer.log_every, cfg.batch_size)
     agreement = RankAgreement(metrics, cfg.data.max_bad_fraction)
     checkpoint_every = None if cfg.checkpoint.every is None else clock.samples(cfg.checkpoint.every, "checkpoint.every")
@@ -73,6 +74,8 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
     if world.rank == 0:
         folder.create(OmegaConf.to_yaml(cfg, resolve=True))
     trainer = _trainer(cfg, world, folder, callbacks)
+    for logger in trainer.loggers:
+        logger.log_hyperparams(_plain(cfg))
     if world.rank == 0:
         _announce(cfg, folder, module, data, world, console, checkpoint)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)

@@ -49,10 +49,17 @@ class RunFolder:
         return Path(resume)
 
     def create(self, config: str) -> None:
-        """Make the folder, keep the config in it, and copy the log of this process to `train.log`."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.config, config.encode())
-        handler = logging.FileHandler(self.log)
+        """Make the folder, keep the config in it, and copy the log of this process to `train.log`.
+
+        Raises:
+            ConfigError: the folder cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.config, config.encode())
+            handler = logging.FileHandler(self.log)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {self.path}: {error.strerror}; choose another output_dir") from error
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger = logging.getLogger("clip_train")
         for old in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:

@@ -67,7 +67,7 @@ class Validation(Callback):
             log_metrics(trainer, pl_module.samples_seen, metrics)
             log.info("%s", _sentence(name, len(batches), scores))
             if final and number == 0:
-                self._draw(trainer, f"{name}: {_sentence(name, len(batches), scores)}", batches, features)
+                self._draw(trainer, _sentence(name, len(batches), scores), batches, features)
 
     def _draw(self, trainer: L.Trainer, title: str, batches: EvalBatches, features: Features) -> None:
         if self.picture is not None and trainer.is_global_zero:

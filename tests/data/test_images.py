@@ -1,4 +1,5 @@
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 
-from clip_train.data.images import Augmentation, decode_rgb, resize_center_crop
+from clip_train.data.images import Augmentation, _color_matrix, decode_rgb, resize_center_crop
 from clip_train.data.keyed_random import keyed_uniforms
 from tests.conftest import encode_image
 
@@ -62,10 +63,10 @@ def test_whole_picture_without_augmentation():
 
 def test_flip_and_gray():
     encoded = encode_image(3, (32, 32))
-    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
-    plain = Augmentation(**whole)(encoded, 32, DRAWS[0])
-    assert np.array_equal(Augmentation(**whole, flip_prob=1.0)(encoded, 32, DRAWS[0]), plain[:, ::-1])
-    gray = Augmentation(**whole, gray_scale_prob=1.0)(encoded, 32, DRAWS[0])
+    whole = Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    plain = whole(encoded, 32, DRAWS[0])
+    assert np.array_equal(replace(whole, flip_prob=1.0)(encoded, 32, DRAWS[0]), plain[:, ::-1])
+    gray = replace(whole, gray_scale_prob=1.0)(encoded, 32, DRAWS[0])
     assert (gray == gray[..., :1]).all()
 
 
@@ -77,12 +78,19 @@ def test_jitter_stays_within_its_bounds():
     assert 140 < max(values) <= 150
 
 
-def test_hue_turns_red_to_other_colours_and_back():
-    encoded = encode(Image.new("RGB", (8, 8), (255, 0, 0)))
-    augmentation = Augmentation(color_jitter=(0.0, 0.0, 0.0, 0.5), color_jitter_prob=1.0)
-    pixels = np.array([augmentation(encoded, 8, draws)[0, 0] for draws in DRAWS])
-    assert (pixels.max(axis=1) >= 250).all()
-    assert (pixels.argmax(axis=1) == [[0], [1], [2]]).any(axis=1).all()
+def test_contrast_and_saturation_as_defined():
+    image = Image.fromarray(np.array([[[90, 60, 30], [30, 60, 90]]], dtype=np.uint8))
+    augmentation = Augmentation(color_jitter=(0.0, 0.5, 0.0, 0.0), color_jitter_prob=1.0)
+    doubled = np.asarray(augmentation._jitter(image, [0.5, 1.0, 0.5, 0.5]))
+    assert np.array_equal(doubled, [[[105, 60, 15], [15, 60, 105]]])  # 1.5 times as far from the mean, 60
+    augmentation = Augmentation(color_jitter=(0.0, 0.0, 1.0, 0.0), color_jitter_prob=1.0)
+    assert (np.asarray(augmentation._jitter(image, [0.5, 0.5, 0.0, 0.5])) == 60).all()  # no colour left
+
+
+def test_a_third_of_a_turn_of_hue_makes_red_green():
+    assert np.allclose(_color_matrix(1.0, 1 / 3) @ [1, 0, 0], [0, 1, 0])
+    assert np.allclose(_color_matrix(1.0, 0.2) @ [1, 1, 1], [1, 1, 1])
+    assert np.allclose(_color_matrix(1.0, 0.2) @ _color_matrix(1.0, -0.2), np.eye(3))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "I;16", "LA", "RGBA"])
@@ -103,5 +111,5 @@ def test_transparent_is_white():
 def test_damaged_images_raise_oserror(format):
     encoded = encode_image(0, (64, 64), format)
     for broken in (b"", b"not an image", encoded[: len(encoded) // 2], encoded[:20]):
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="unreadable image"):
             decode_rgb(broken)

@@ -61,9 +61,18 @@ def test_the_order_never_changes():
     # A resumed run of an earlier release must go on with the same samples: this order is a promise.
     order = SampleOrder([5, 3, 4], seed=3, lanes=3, window=2)
     assert stream(order, 0, 12) == [
-        # fmt: off
-        (0, 0), (0, 4), (2, 0), (0, 1), (1, 0), (2, 1), (0, 3), (1, 2), (2, 2), (0, 2), (1, 1), (2, 3),
-        # fmt: on
+        (0, 0),
+        (0, 4),
+        (2, 0),
+        (0, 1),
+        (1, 0),
+        (2, 1),
+        (0, 3),
+        (1, 2),
+        (2, 2),
+        (0, 2),
+        (1, 1),
+        (2, 3),
     ]
 
 

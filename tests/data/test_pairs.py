@@ -53,7 +53,9 @@ def test_many_shards_do_not_exhaust_descriptors(make_shards, monkeypatch):
         assert pairs.read(shard, 0).captions[0].endswith(str(shard))
 
 
-@pytest.mark.parametrize("content", [b"", b"  \n", b"\xff\xfe", b"{}", b'{"a": 3}', b'{"a": []}', b'{"a": [" "]}', b"[1]", b"{"])
+@pytest.mark.parametrize(
+    "content", [b"", b"  \n", b"\xff\xfe", b"{}", b'{"a": 3}', b'{"a": []}', b'{"a": [" "]}', b"[1]", b"{"]
+)
 def test_unusable_captions(content):
     key = CaptionKey.parse("json:a") if content[:1] in (b"{", b"[") else CaptionKey.parse("txt")
     with pytest.raises(UnusableCaption):

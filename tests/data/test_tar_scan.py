@@ -56,7 +56,8 @@ def test_damage_in_the_middle_is_found(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"hello" * 200, "not a tar"), (b"\x1f\x8b" + b"x" * 600, "compressed"), (b"", "not a tar")]
+    ("content", "message"),
+    [(b"hello" * 200, "not a tar"), (b"\x1f\x8b" + b"x" * 600, "compressed"), (b"", "not a tar")],
 )
 def test_not_a_tar(tmp_path, content, message):
     (tmp_path / "t.tar").write_bytes(content)

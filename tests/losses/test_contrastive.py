@@ -23,7 +23,9 @@ def definition(image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor) -> 
 def test_equals_the_definition(count, dim, scale):
     image, text = pairs(count, dim)
     scale = torch.tensor(scale, dtype=torch.float64)
-    assert contrastive_loss(image, text, scale).item() == pytest.approx(definition(image, text, scale).item(), rel=1e-12)
+    assert contrastive_loss(image, text, scale).item() == pytest.approx(
+        definition(image, text, scale).item(), rel=1e-12
+    )
 
 
 def test_gradcheck():

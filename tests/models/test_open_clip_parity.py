@@ -22,25 +22,24 @@ def test_forward_equals_open_clips(config, name):
         model = create_dual_encoder(**load_config(config))
     model = model.to_empty(device="cpu").eval()
     settings = load_config(config)
-    model.image_mean.copy_(255 * torch.tensor(settings["image_mean"]).view(3, 1, 1))
-    model.image_std.copy_(255 * torch.tensor(settings["image_std"]).view(3, 1, 1))
+    mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    model.image_mean.copy_(255 * mean)
+    model.image_std.copy_(255 * std)
     model.text.trunk.embeddings.position_ids.copy_(torch.arange(77)[None])  # buffers are no part of the weights
     model.load_state_dict(from_open_clip(reference.state_dict()))
 
     pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
-    mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
     ids = open_clip.get_tokenizer(name)(CAPTIONS)
     with torch.no_grad():
-        image = reference.encode_image((pixels / 255 - mean) / std, normalize=True)
-        text = reference.encode_text(ids, normalize=True)
+        image, text, _ = reference((pixels / 255 - mean) / std, ids)
         assert (model.encode_image(pixels) - image).abs().max() < 1e-5
         assert (model.encode_text(ids) - text).abs().max() < 1e-5
 
 
 def test_initialisation_is_distributed_as_open_clips():
     torch.manual_seed(0)
-    vision = {"image_size": 32, "patch_size": 8, "width": 128, "layers": 3, "head_width": 32}
-    text = {"context_length": 16, "vocab_size": 49408, "width": 96, "heads": 3, "layers": 3}
+    vision = open_clip.CLIPVisionCfg(image_size=32, patch_size=8, width=128, layers=3, head_width=32)
+    text = open_clip.CLIPTextCfg(context_length=16, vocab_size=49408, width=96, heads=3, layers=3)
     reference = open_clip.CLIP(embed_dim=64, vision_cfg=vision, text_cfg=text, quick_gelu=True)
     options = {"patch_size": 8, "embed_dim": 128, "depth": 3, "num_heads": 4, "pre_norm": True}
     model = create_dual_encoder(
@@ -59,4 +58,6 @@ def test_initialisation_is_distributed_as_open_clips():
         if weight.numel() > 1:
             assert weight.std().item() == pytest.approx(spread, abs=tolerance + 1e-7), name
         if spread and weight.numel() > 1000:  # uniform and normal have different tails
-            assert (weight.abs().max() / spread).item() == pytest.approx((theirs[name].abs().max() / spread).item(), rel=0.3)
+            assert (weight.abs().max() / spread).item() == pytest.approx(
+                (theirs[name].abs().max() / spread).item(), rel=0.3
+            )

@@ -1,0 +1,42 @@
+"""The command line on a tiny model, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from clip_train.training.csv_logger import read_metrics
+
+TINY = [
+    "model=vit_tiny",
+    "model.image_size=32",
+    "model.vision.options={patch_size: 16, embed_dim: 64, depth: 2, num_heads: 2, pre_norm: true}",
+    "model.text={width: 64, layers: 2, heads: 2, context_length: 16}",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32",
+    "eval.every=null",
+    "batch_size=32",
+]
+
+
+def clip_train(*arguments: str, launcher: tuple[str, ...] = (), timeout: float = 300, **env: str):
+    """Run `clip-train`; returns the finished process with its output as text."""
+    program = ["-m", "clip_train.commands.train"] if launcher else [sys.executable, "-m", "clip_train.commands.train"]
+    return subprocess.run(
+        [*launcher, *program, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def train_tiny(
+    output_dir: Path, run_name: str, *arguments: str, launcher: tuple[str, ...] = ()
+) -> list[dict[str, str]]:
+    """Train and return the rows of metrics.csv that have a training loss."""
+    done = clip_train(*TINY, f"output_dir={output_dir}", f"run_name={run_name}", *arguments, launcher=launcher)
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, rows = read_metrics(output_dir / run_name / "metrics.csv")
+    return [row for row in rows if row["train/loss"]]

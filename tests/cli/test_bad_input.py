@@ -1,0 +1,133 @@
+"""One clear line, exit code 2, nothing left behind."""
+
+import sys
+
+import pytest
+
+from clip_train.commands.program import quote_text
+from clip_train.commands.train import main
+from tests.cli.runs import TINY, clip_train
+from tests.conftest import make_sample, write_shard
+
+
+@pytest.fixture
+def fail(tmp_path, monkeypatch, capsys):
+    """Run `clip-train` with arguments that must be refused; returns the line it prints."""
+
+    def run(*arguments: str) -> str:
+        output = tmp_path / "runs"
+        monkeypatch.setattr(sys, "argv", ["clip-train", *TINY, f"output_dir={output}", *arguments])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        assert exit.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.err.startswith("clip-train: error: ")
+        assert captured.err.count("\n") == 1
+        assert not output.exists()
+        return captured.err
+
+    return run
+
+
+@pytest.fixture
+def folder(tmp_path, make_shards):
+    make_shards([4, 4])
+    return tmp_path / "shards"
+
+
+def test_shards_that_match_nothing(fail, folder):
+    assert "no file matches" in fail(f"data.train.shards={folder}/x*.tar")
+
+
+def test_one_of_many_shards_missing(fail, folder):
+    assert "00002.tar does not exist" in fail(f"data.train.shards={folder}/{{00000..00005}}.tar")
+
+
+def test_wrong_caption_key(fail, folder):
+    line = fail(f"data.train.shards={folder}/*.tar", "data.caption_key=caption")
+    assert "data.caption_key=caption" in line
+    assert "found: json, png, txt" in line
+
+
+def test_wrong_image_key(fail, folder):
+    assert "found: json, png, txt" in fail(f"data.train.shards={folder}/*.tar", "data.image_key=tiff")
+
+
+def test_wrong_json_path(fail, folder):
+    assert "found: captions, nested" in fail(f"data.train.shards={folder}/*.tar", "data.caption_key=json:caption")
+
+
+def test_wrong_validation_key(fail, folder):
+    line = fail(f"data.train.shards={folder}/*.tar", f"data.val.shards={folder}/*.tar", "data.val.caption_key=text")
+    assert "data.val.caption_key=text" in line
+
+
+def test_truncated_tar(fail, folder):
+    content = (folder / "00000.tar").read_bytes()
+    (folder / "00000.tar").write_bytes(content[: len(content) // 2])
+    assert "cut short" in fail(f"data.train.shards={folder}/*.tar")
+
+
+def test_not_a_tar(fail, folder):
+    (folder / "00001.tar").write_text("not a tar" * 100)
+    assert "00001.tar is not a tar" in fail(f"data.train.shards={folder}/*.tar")
+
+
+def test_batch_size_that_does_not_divide(fail):
+    assert "the nearest that do: 32 or 36" in fail("batch_size=33", "trainer.devices=4")
+
+
+def test_unknown_model(fail):
+    assert "did you mean vit_b_32" in fail("model=vit_b_33")
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [("optim.lrr=1", "optim.lr"), ("optmi.lr=1", "optim.lr"), ("modle=x", "model"), ("lr=1", "optim.lr")],
+)
+def test_unknown_key(fail, override, hint):
+    assert f"did you mean {hint}" in fail(override)
+
+
+def test_two_lengths(fail):
+    assert "max_steps and max_epochs are both given" in fail("max_steps=2", "max_epochs=3")
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("batch_size=0", "batch_size=0"),
+        ("batch_size=many", "batch_size=many"),
+        ("max_steps=0", "max_steps=0"),
+        ("trainer.precision=64", "bf16-mixed"),
+        ("trainer.devices=0", "trainer.devices=0"),
+        ("optim.warmup=soon", "optim.warmup='soon'"),
+        ("data.num_workers=-1", "data.num_workers=-1"),
+        ("data=shards", "data.train.shards"),
+        ("resume=/no/such.ckpt", "resume=/no/such.ckpt"),
+        ("optim.lr=[1,", "viable"),
+    ],
+)
+def test_values_that_cannot_be(fail, override, named):
+    assert named in fail(override)
+
+
+def test_output_that_cannot_be_written(fail, tmp_path):
+    (tmp_path / "file").touch()
+    assert "choose another output_dir" in fail(f"output_dir={tmp_path}/file/runs")
+
+
+def test_too_many_bad_samples_end_the_run_on_all_ranks(tmp_path):
+    samples = [make_sample(i) | ({"png": b"broken"} if i % 5 == 0 else {}) for i in range(600)]
+    shard = write_shard(tmp_path / "bad.tar", samples)
+    arguments = [f"data.train.shards={shard}", "data.max_bad_fraction=0.1", "trainer.devices=2", "max_epochs=9"]
+    done = clip_train(*TINY, *arguments, f"output_dir={tmp_path}", "run_name=run", timeout=60)
+    assert done.returncode == 2
+    assert "more than data.max_bad_fraction=0.1; first:" in done.stderr
+    assert f"{shard}[" in done.stderr
+
+
+def test_braces_need_no_quotes():
+    assert quote_text("a.b=x/{0..3}.tar") == "a.b='x/{0..3}.tar'"
+    for argument in ("a=1", "a=[1,2]", "a={x: 1}", "a='x'", "a=1,2", "--cfg", "a=b::c/*.tar", "a=[1,"):
+        assert quote_text(argument) == argument

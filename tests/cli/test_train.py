@@ -1,0 +1,136 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from clip_train.training.csv_logger import read_metrics
+from tests.cli.runs import TINY, clip_train, train_tiny
+
+NO_VAL = "data.val.shards=null"
+
+
+def losses(rows: list[dict[str, str]]) -> list[str]:
+    return [row["train/loss"] for row in rows]
+
+
+def test_one_seed_one_result_whatever_the_workers(tmp_path):
+    first = train_tiny(tmp_path, "first", "max_steps=8", "data.num_workers=0", NO_VAL)
+    second = train_tiny(tmp_path, "second", "max_steps=8", "data.num_workers=3", NO_VAL)
+    other = train_tiny(tmp_path, "other", "max_steps=8", "seed=1", NO_VAL)
+    assert len(first) == 8
+    assert losses(first) == losses(second)
+    assert losses(first) != losses(other)
+
+
+def test_a_run_leaves_its_folder(tmp_path):
+    rows = train_tiny(tmp_path, "run", "max_steps=3", "eval.every=2 steps")
+    folder = tmp_path / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.yaml", "metrics.csv", "summary.json", "train.log", "checkpoints", "retrieval.png"}
+    assert [(row["step"], row["samples_seen"]) for row in rows] == [("1", "32"), ("2", "64"), ("3", "96")]
+    columns, all_rows = read_metrics(folder / "metrics.csv")
+    for name in ("loss", "logit_scale", "lr", "grad_norm", "samples_per_second", "data_wait_fraction"):
+        assert all(float(row[f"train/{name}"]) >= 0 for row in rows), name
+    evaluated = [row["step"] for row in all_rows if row["val/unseen_style/loss"]]
+    assert evaluated == ["2", "3"]
+    assert "val/unseen_concepts/text_to_image_recall@10" in columns
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["complete"], summary["samples_seen"], summary["steps"]) == (True, 96, 3)
+    assert summary["metrics"]["train/loss"] == float(rows[-1]["train/loss"])
+    assert {"torch", "python", "host"} <= summary["environment"].keys()
+    assert "recall@1 among 1752 pairs" in (folder / "train.log").read_text()
+
+    again = clip_train(*TINY, f"output_dir={tmp_path}", "run_name=run", "max_steps=3")
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1
+    assert "resume=auto" in again.stderr
+
+    repeated = clip_train("--config-dir", str(folder), "--config-name", "config", "run_name=repeated")
+    assert repeated.returncode == 0, repeated.stderr
+    rows_again = [row for row in read_metrics(tmp_path / "repeated" / "metrics.csv")[1] if row["train/loss"]]
+    assert losses(rows_again) == losses(rows)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_stopped_by_a_signal_and_resumed_as_if_it_had_not(tmp_path, world_size):
+    common = [
+        *TINY,
+        "max_steps=40",
+        NO_VAL,
+        f"trainer.devices={world_size}",
+        "trainer.log_every=1",
+        f"output_dir={tmp_path}",
+    ]
+    command = [sys.executable, "-m", "clip_train.commands.train", *common, "run_name=cut"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    wait_for_rows(tmp_path / "cut" / "metrics.csv", 5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert (summary["complete"], summary["stopped_by_signal"]) == (False, True)
+    assert 0 < summary["samples_seen"] < 40 * 32
+
+    resumed = clip_train(*common, "run_name=cut", "resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    whole = clip_train(*common, "run_name=whole")
+    assert whole.returncode == 0, whole.stderr
+    rows, expected = (read_metrics(tmp_path / name / "metrics.csv")[1] for name in ("cut", "whole"))
+    assert len(rows) == 40
+    assert losses(rows) == losses(expected)
+    weights = [torch.load(newest(tmp_path / name), weights_only=True)["state_dict"] for name in ("cut", "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def newest(folder: Path) -> Path:
+    return max((folder / "checkpoints").glob("*.ckpt"))
+
+
+def wait_for_rows(path: Path, count: int) -> None:
+    end = time.monotonic() + 120
+    while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert time.monotonic() < end, f"{path} did not grow to {count} lines"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-mixed"])
+def test_precisions(tmp_path, precision):
+    rows = train_tiny(tmp_path, "run", "max_steps=2", NO_VAL, f"trainer.precision={precision}", "trainer.log_every=1")
+    assert len(rows) == 2
+    assert all(2 < float(loss) < 6 for loss in losses(rows))
+
+
+def test_sweep(tmp_path):
+    arguments = [*TINY, "max_steps=1,2", NO_VAL, f"output_dir={tmp_path}", "run_name=sweep", "--multirun"]
+    done = clip_train(*arguments)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads((tmp_path / f"sweep_{job}" / "summary.json").read_text())["steps"] for job in (0, 1)]
+    assert steps == [1, 2]
+
+
+def test_wandb_offline(tmp_path):
+    train_tiny(tmp_path, "run", "max_steps=1", NO_VAL, "logger=[csv,wandb]")
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_help_has_ten_examples_and_answers_without_torch():
+    done = clip_train("--help")
+    assert done.returncode == 0
+    assert (
+        sum(line.startswith("  clip-train") or line.startswith("  torchrun") for line in done.stdout.splitlines()) >= 10
+    )
+    imported = "import sys, clip_train.commands.train as t; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", imported], check=False).returncode == 0
+
+
+def test_a_run_that_diverges_ends_as_a_fault_without_a_checkpoint(tmp_path):
+    arguments = [*TINY, "optim.lr=1e30", "optim.warmup=0", "max_steps=50", NO_VAL, "checkpoint.every=null"]
+    done = clip_train(*arguments, f"output_dir={tmp_path}", "run_name=run")
+    assert done.returncode == 1
+    assert "NonFiniteLossError: the loss is nan at step" in done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -1,0 +1,48 @@
+import pytest
+
+from clip_train.errors import ConfigError
+from clip_train.training.durations import Clock
+
+CLOCK = Clock(batch_size=100, epoch_samples=1000, total_samples=20_000)
+
+
+@pytest.mark.parametrize(
+    ("duration", "samples"),
+    [
+        ("20 steps", 2000),
+        ("1 step", 100),
+        ("3", 300),
+        (3, 300),
+        ("2.5 epochs", 2500),
+        ("1epoch", 1000),
+        ("5%", 1000),
+        ("2 %", 400),
+        ("10k samples", 10_000),
+        ("1.5M samples", 1_500_000),
+        ("1e3 samples", 1000),
+    ],
+)
+def test_durations(duration, samples):
+    assert CLOCK.samples(duration, "eval.every") == samples
+
+
+@pytest.mark.parametrize("duration", ["", "often", "3 minutes", "-1 step", "k samples", "1.2.3 steps"])
+def test_no_durations(duration):
+    with pytest.raises(ConfigError, match=r"eval\.every="):
+        CLOCK.samples(duration, "eval.every")
+
+
+@pytest.mark.parametrize(
+    ("length", "samples"),
+    [({"max_samples": 950}, 1000), ({"max_steps": 7}, 700), ({"max_epochs": 2}, 2000), ({"max_epochs": 0.55}, 600)],
+)
+def test_length_of_a_run_in_whole_steps(length, samples):
+    assert Clock.of_run(100, 1000, **length).total_samples == samples
+
+
+@pytest.mark.parametrize(
+    "length", [{}, {"max_steps": 1, "max_epochs": 1}, {"max_steps": 0}, {"max_epochs": -1}, {"max_steps": "x"}]
+)
+def test_impossible_lengths(length):
+    with pytest.raises(ConfigError, match="max_"):
+        Clock.of_run(100, 1000, **length)
