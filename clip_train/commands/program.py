@@ -101,7 +101,7 @@ def _explain(error: Exception, config_name: str) -> str:
         options = re.findall(r"^\t(.+)$", text, re.MULTILINE)
         return f"{group}={choice}: no such config; {_near(choice, options)}"
     if match := re.search(r"Could not override '([^'@]+)", text):
-        key = match[1]
+        key = max(match[1], str(getattr(error.__cause__, "full_key", "")), key=len)  # inside a dictionary: its entry
         return f"{key}: no such key; {_near(key, _known_keys(config_name))} (a new key is written +{key}=...)"
     return " ".join(text.split())
 

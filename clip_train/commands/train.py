@@ -1,5 +1,7 @@
 """clip-train: train a model; without arguments, the built-in demo."""
 
+import signal
+import subprocess
 import sys
 
 from omegaconf import DictConfig
@@ -14,22 +16,43 @@ _RUN_LENGTHS = ("max_samples", "max_steps", "max_epochs")
 def main() -> None:
     """Entry point."""
     if not any(argument.startswith(_NAMES_THE_DATA) for argument in sys.argv[1:]):
-        sys.argv.append("experiment=demo")
+        overrides = [place for place, argument in enumerate(sys.argv) if place and _is_override(argument)]
+        sys.argv.insert(min(overrides, default=len(sys.argv)), "experiment=demo")  # overrides must stand together
     run_program("clip-train", "train", _train)
+
+
+def _is_override(argument: str) -> bool:
+    return "=" in argument and not argument.startswith("-")
 
 
 def _train(cfg: DictConfig) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
+    if hydra.mode and hydra.mode.name == "MULTIRUN":
+        run_name = f"{cfg.run_name or hydra.sweep.dir.rpartition('/')[2]}_{hydra.job.num}"
+        return _run_alone([*hydra.overrides.task, f"run_name={run_name}"])
     _choose_run_length(cfg, list(hydra.overrides.task))
     console = _console()  # imports stay in here: see program.py
     from clip_train.training.run import train
 
-    if hydra.mode and hydra.mode.name == "MULTIRUN":
-        cfg.run_name = f"{cfg.run_name or hydra.sweep.dir.rpartition('/')[2]}_{hydra.job.num}"
     summary = train(cfg, console)
     return EXIT_RESUMABLE if summary["stopped_by_signal"] and not summary["complete"] else EXIT_DONE
+
+
+def _run_alone(overrides: list[str]) -> int:
+    """One job of a sweep, in a process of its own: nothing of one job is left when the next begins.
+
+    Raises:
+        SystemExit: the job failed or was stopped, and so ends the sweep.
+    """
+    process = subprocess.Popen([sys.executable, "-m", "clip_train.commands.train", *overrides])
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: process.send_signal(number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the job as well
+    if code := process.wait():
+        raise SystemExit(code)
+    return EXIT_DONE
 
 
 def _choose_run_length(cfg: DictConfig, overrides: list[str]) -> None:

@@ -47,8 +47,8 @@ def draw_retrieval(path: Path, title: str, batches: EvalBatches, features: Featu
     figure.tight_layout(rect=(0, 0, 1, 0.96))
     headings = {0: "picture", 1: f"its {nearest} nearest names", 2: "name", 3: f"its {nearest} nearest pictures"}
     for column, heading in headings.items():
-        box = axes[0][column].get_position()
-        figure.text(box.x0, box.y1 + 0.02, heading, fontsize=11, weight="bold")
+        left, top = axes[0][column].get_position().x0, axes[0][1].get_position().y1
+        figure.text(left, top + 0.015, heading, fontsize=11, weight="bold")
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.png")
     figure.savefig(temporary, dpi=100)
     plt.close(figure)

@@ -27,7 +27,7 @@ class ProgressDisplay(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         if trainer.is_global_zero and self.console.is_terminal:
             columns = (BarColumn(), TextColumn("{task.percentage:.0f}%  {task.fields[status]}"))
-            times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False))
+            times = (TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(elapsed_when_finished=False))
             self._bar = Progress(TextColumn("training"), *columns, *times, console=self.console)
             self._bar.add_task("", total=pl_module.clock.total_samples, completed=pl_module.samples_seen, status="")
             self._bar.start()

@@ -47,8 +47,8 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
     _check_config(cfg, world)
     if world.rank > 0:
         logging.getLogger("clip_train").setLevel(logging.WARNING)
-    cfg.run_name = cfg.run_name or default_run_name(cfg.model_name)
-    folder = RunFolder(Path(cfg.output_dir) / cfg.run_name)
+    cfg.run_name = str(cfg.run_name or default_run_name(cfg.model_name))
+    folder = RunFolder(Path(str(cfg.output_dir)) / cfg.run_name)
     checkpoint = folder.checkpoint_to_resume(str(cfg.resume))
     if world.rank == 0:
         folder.check_free_or_resumed(str(cfg.resume))
@@ -124,7 +124,8 @@ def _validation(cfg: DictConfig, folder: RunFolder, data: ClipDataModule, clock:
 
 
 def _trainer(cfg: DictConfig, world: World, folder: RunFolder, callbacks: list[L.Callback]) -> L.Trainer:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")  # advice on settings that are ours
     # No buffers are broadcast: ours are constants, and ranks may run different numbers of evaluation batches.
     ddp = DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+import wandb
 from lightning.pytorch.loggers import WandbLogger
 
 
@@ -13,12 +14,6 @@ def create_wandb_logger(save_dir: str, **settings: Any) -> WandbLogger:
         save_dir: the run folder.
         settings: `project`, `name`, `entity`, `tags`.
     """
-    if "WANDB_MODE" not in os.environ and not _logged_in():
-        os.environ["WANDB_MODE"] = "offline"
-    return WandbLogger(save_dir=save_dir, offline=os.environ.get("WANDB_MODE") == "offline", **settings)
-
-
-def _logged_in() -> bool:
-    import wandb
-
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False):
+        settings["mode"] = "offline"
+    return WandbLogger(save_dir=save_dir, **settings)

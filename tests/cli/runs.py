@@ -10,7 +10,7 @@ from clip_train.training.csv_logger import read_metrics
 TINY = [
     "model=vit_tiny",
     "model.image_size=32",
-    "model.vision.options={patch_size: 16, embed_dim: 64, depth: 2, num_heads: 2, pre_norm: true}",
+    "model.vision.options={patch_size: 16, embed_dim: 64, depth: 2, num_heads: 2}",
     "model.text={width: 64, layers: 2, heads: 2, context_length: 16}",
     "trainer.accelerator=cpu",
     "trainer.precision=32",

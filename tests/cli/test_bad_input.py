@@ -83,7 +83,13 @@ def test_unknown_model(fail):
 
 @pytest.mark.parametrize(
     ("override", "hint"),
-    [("optim.lrr=1", "optim.lr"), ("optmi.lr=1", "optim.lr"), ("modle=x", "model"), ("lr=1", "optim.lr")],
+    [
+        ("optim.lrr=1", "optim.lr"),
+        ("optmi.lr=1", "optim.lr"),
+        ("modle=x", "model"),
+        ("lr=1", "optim.lr"),
+        ("optim={lrr: 1}", "optim.lr"),
+    ],
 )
 def test_unknown_key(fail, override, hint):
     assert f"did you mean {hint}" in fail(override)

@@ -106,11 +106,12 @@ def test_precisions(tmp_path, precision):
 
 
 def test_sweep(tmp_path):
-    arguments = [*TINY, "max_steps=1,2", NO_VAL, f"output_dir={tmp_path}", "run_name=sweep", "--multirun"]
-    done = clip_train(*arguments)
+    arguments = [*TINY, "max_steps=1,2", NO_VAL, f"output_dir={tmp_path}", "run_name=sweep", "trainer.devices=2"]
+    done = clip_train("--multirun", *arguments)
     assert done.returncode == 0, done.stderr
-    steps = [json.loads((tmp_path / f"sweep_{job}" / "summary.json").read_text())["steps"] for job in (0, 1)]
-    assert steps == [1, 2]
+    summaries = [json.loads((tmp_path / f"sweep_{job}" / "summary.json").read_text()) for job in (0, 1)]
+    assert [summary["steps"] for summary in summaries] == [1, 2]
+    assert [summary["world_size"] for summary in summaries] == [2, 2]
 
 
 def test_wandb_offline(tmp_path):
