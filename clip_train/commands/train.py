@@ -1,5 +1,6 @@
 """clip-train: train a model; without arguments, the built-in demo."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -9,13 +10,14 @@ from omegaconf import DictConfig
 from clip_train.commands.program import EXIT_DONE, EXIT_RESUMABLE, run_program
 from clip_train.errors import ConfigError
 
-_NAMES_THE_DATA = ("data=", "data.train.shards=", "experiment=", "--config-name", "-cn")
+_NAMES_THE_DATA = re.compile(r"\+*(data|data\.train|data\.train\.shards|experiment)=|--config-name|-cn")
+_CONFIG_FLAG = re.compile(r"(--config-(dir|name|path)|-c[dnp])(=.*)?")
 _RUN_LENGTHS = ("max_samples", "max_steps", "max_epochs")
 
 
 def main() -> None:
     """Entry point."""
-    if not any(argument.startswith(_NAMES_THE_DATA) for argument in sys.argv[1:]):
+    if not any(_NAMES_THE_DATA.match(argument) for argument in sys.argv[1:]):
         overrides = [place for place, argument in enumerate(sys.argv) if place and _is_override(argument)]
         sys.argv.insert(min(overrides, default=len(sys.argv)), "experiment=demo")  # overrides must stand together
     run_program("clip-train", "train", _train)
@@ -31,7 +33,7 @@ def _train(cfg: DictConfig) -> int:
     hydra = HydraConfig.get()
     if hydra.mode and hydra.mode.name == "MULTIRUN":
         run_name = f"{cfg.run_name or hydra.sweep.dir.rpartition('/')[2]}_{hydra.job.num}"
-        return _run_alone([*hydra.overrides.task, f"run_name={run_name}"])
+        return _run_alone([*_config_flags(sys.argv), *hydra.overrides.task, f"run_name={run_name}"])
     _choose_run_length(cfg, list(hydra.overrides.task))
     console = _console()  # imports stay in here: see program.py
     from clip_train.training.run import train
@@ -40,18 +42,31 @@ def _train(cfg: DictConfig) -> int:
     return EXIT_RESUMABLE if summary["stopped_by_signal"] and not summary["complete"] else EXIT_DONE
 
 
-def _run_alone(overrides: list[str]) -> int:
+def _config_flags(arguments: list[str]) -> list[str]:
+    """Where Hydra was told to find the config."""
+    flags: list[str] = []
+    for argument, following in zip(arguments, [*arguments[1:], ""]):
+        if match := _CONFIG_FLAG.fullmatch(argument):
+            flags += [argument] if match[3] else [argument, following]
+    return flags
+
+
+def _run_alone(arguments: list[str]) -> int:
     """One job of a sweep, in a process of its own: nothing of one job is left when the next begins.
 
     Raises:
         SystemExit: the job failed or was stopped, and so ends the sweep.
     """
-    process = subprocess.Popen([sys.executable, "-m", "clip_train.commands.train", *overrides])
+    process = subprocess.Popen([sys.executable, "-m", "clip_train.commands.train", *arguments])
+    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: process.send_signal(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the job as well
-    if code := process.wait():
-        raise SystemExit(code)
+    code = process.wait()
+    for number, handler in old.items():
+        signal.signal(number, handler)
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)
     return EXIT_DONE
 
 

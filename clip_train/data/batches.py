@@ -80,9 +80,11 @@ class TrainBatches(Dataset[Batch]):
                 pixels = self.augmentation(encoded, self.image_size, draws)
                 return pixels, captions[int(choice * len(captions))]
             except (OSError, UnusableCaption) as error:
-                bad.append(self.reader.key(shard, neighbour))
                 reason = error
-        raise DataError(f"{len(bad)} unusable samples in a row, first {bad[0]}, last {bad[-1]} ({reason})")
+                if step == 0:
+                    bad.append(self.reader.key(shard, sample))
+        first, tried = self.reader.key(shard, sample), min(count, _MAX_CONSECUTIVE_BAD)
+        raise DataError(f"{tried} unusable samples in a row, from {first} on ({reason})")
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class CaptionKey:
         try:
             text = content.decode("utf-8")
             value = self._entry(json.loads(text)) if self.path else text
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or JSON to break a parser
             raise UnusableCaption(str(error)) from error
         captions = value if isinstance(value, list) else [value]
         usable = [caption for caption in captions if isinstance(caption, str) and caption.strip()]

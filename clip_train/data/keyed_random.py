@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float64, Int64, UInt64
 
 # The first part of every key says what the draw is for, so that two uses never share a stream.
-SHARD_ORDER, WINDOW_ORDER, AUGMENTATION, CAPTION_CHOICE = range(1, 5)
+SHARD_ORDER, WINDOW_ORDER, AUGMENTATION, CAPTION_CHOICE, MODEL_NOISE = range(1, 6)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)

@@ -13,6 +13,7 @@ from clip_train.data.index import ABSENT, ShardIndex
 from clip_train.errors import DataError
 
 _MAX_OPEN_FILES = 256
+_PROBED_SAMPLES = 100
 
 
 class Pair(NamedTuple):
@@ -117,12 +118,15 @@ class PairReader:
 
     def _check_caption_path(self) -> None:
         """A wrong `json:` path is wrong everywhere: say so before the first step."""
-        if self._caption_key.path and self._indexes:
+        if not self._caption_key.path or not self._indexes:
+            return
+        reason: Exception | None = None
+        for sample in range(min(_PROBED_SAMPLES, self.counts[0])):
             try:
-                self.read(0, 0)
+                self.read(0, sample)
+                return
             except UnusableCaption as error:
-                name = Path(self._indexes[0].shard).name
-                wanted = f"{self._caption_key.extension}:{'.'.join(self._caption_key.path)}"
-                raise DataError(
-                    f"{self._setting}.caption_key={wanted}: the first sample of {name} has {error}"
-                ) from error
+                reason = error
+        name = Path(self._indexes[0].shard).name
+        wanted = f"{self._caption_key.extension}:{'.'.join(self._caption_key.path)}"
+        raise DataError(f"{self._setting}.caption_key={wanted}: the first samples of {name} have {reason}")

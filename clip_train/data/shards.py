@@ -22,7 +22,11 @@ def expand_shards(patterns: str | Sequence[str], setting: str) -> list[str]:
     """
     shards: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        for url in expand_urls(os.path.expanduser(pattern)):
+        try:
+            urls = expand_urls(os.path.expanduser(pattern))
+        except ValueError as error:  # braces that do not match
+            raise DataError(f"{setting}={pattern}: {error}") from error
+        for url in urls:
             shards.extend(_existing(url, setting))
     repeated = len(shards) - len(set(shards))
     if repeated:

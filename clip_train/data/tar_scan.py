@@ -11,6 +11,7 @@ from typing import NamedTuple
 from clip_train.errors import DataError
 
 _BLOCK = 512
+_MOST_FILLING = 1 << 20
 
 
 class Member(NamedTuple):
@@ -43,6 +44,7 @@ def _scan(descriptor: int, path: str) -> Iterator[Member]:
     while True:
         header = os.pread(descriptor, _BLOCK, offset)
         if len(header) == _BLOCK and not any(header):
+            _check_end(descriptor, path, offset, end_of_file)
             return
         if len(header) < _BLOCK and offset > 0:
             raise DataError(_cut_short(path, end_of_file, "no end-of-archive mark"))
@@ -62,6 +64,15 @@ def _scan(descriptor: int, path: str) -> Iterator[Member]:
             long_name = None
         elif kind != b"g":
             long_name = None  # a folder, link or device: carries no sample
+
+
+def _check_end(descriptor: int, path: str, offset: int, end_of_file: int) -> None:
+    """Archives end in two blocks of zeros, and are filled up with zeros to 10 KiB or so."""
+    rest = os.pread(descriptor, _MOST_FILLING, offset)
+    if any(rest):
+        raise DataError(f"shard {path} goes on after its archive's end at byte {offset}; two tars in one are not read")
+    if offset + len(rest) < end_of_file:
+        raise DataError(f"shard {path} holds nothing but zeros from byte {offset} on: copy it again")
 
 
 def _checksum_matches(header: bytes) -> bool:

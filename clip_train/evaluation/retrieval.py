@@ -53,9 +53,10 @@ def _rank_own(
     """For each query, how many candidates come before its own (column `own`), and its InfoNCE loss."""
     own_score = scores.gather(1, own[:, None])
     column = torch.arange(scores.shape[1], device=scores.device)
-    before = (scores > own_score) | ((scores == own_score) & (column < own[:, None]))
+    # Said by what comes after, so that a score that is not a number ranks last.
+    after = (scores < own_score) | ((scores == own_score) & (column >= own[:, None]))
     losses = torch.logsumexp(logit_scale * scores, dim=1) - logit_scale * own_score[:, 0]
-    return before.sum(dim=1), losses
+    return (~after).sum(dim=1), losses
 
 
 def _sum_dtype(like: Tensor) -> torch.dtype:

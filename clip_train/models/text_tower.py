@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from clip_train.data.tokenizer import END_ID, START_ID, VOCAB_SIZE
+from clip_train.errors import ConfigError
 
 
 class TextTower(nn.Module):
@@ -17,12 +18,17 @@ class TextTower(nn.Module):
         context_length: most tokens in a text.
         embed_dim: width of the joint embedding.
         quick_gelu: OpenAI's x * sigmoid(1.702 x) for GELU.
+
+    Raises:
+        ConfigError: the width does not divide over the heads.
     """
 
     def __init__(
         self, width: int, layers: int, heads: int, context_length: int, embed_dim: int, quick_gelu: bool = False
     ) -> None:
         super().__init__()
+        if width % heads:
+            raise ConfigError(f"model.text: width={width} is not a multiple of heads={heads}")
         config = CLIPTextConfig(
             vocab_size=VOCAB_SIZE,
             hidden_size=width,

@@ -28,7 +28,7 @@ class RankAgreement(Callback):
 
     Args:
         metrics: told the number of bad samples.
-        max_bad_fraction: share of the samples seen that may be unusable; not judged on less than 1000 samples.
+        max_bad_fraction: share of the samples seen that may be unusable; of the first 1000, the share of 1000.
 
     Attributes:
         stopped_by_signal: the run was cut short and can be resumed.

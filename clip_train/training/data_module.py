@@ -1,5 +1,6 @@
 """The training stream and the validation sets of a config."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +15,7 @@ from clip_train.data.order import SampleOrder
 from clip_train.data.pairs import PairReader
 from clip_train.data.shards import expand_shards
 from clip_train.data.tokenizer import ClipTokenizer
-from clip_train.errors import ConfigError
+from clip_train.errors import ConfigError, DataError
 from clip_train.training.launch import World, cpus_per_process
 from clip_train.training.module import ClipModule
 
@@ -56,7 +57,9 @@ class ClipDataModule(L.LightningDataModule):
         )
         val = {**data, **{key: value for key, value in data["val"].items() if value is not None}}
         self.val_sets = {
-            name: EvalBatches(_open("data.val", patterns, val, "data.val", world), tokenizer, image_size)
+            name: EvalBatches(
+                _complete(_open("data.val", patterns, val, "data.val", world), name), tokenizer, image_size
+            )
             for name, patterns in _named_sets(data["val"]["shards"]).items()
         }
 
@@ -79,13 +82,20 @@ def _open(source: str, patterns, data: Mapping[str, Any], keys: str, world: Worl
     return PairReader(indexes, data["image_key"], data["caption_key"], setting=keys)
 
 
-def _named_sets(shards: str | Mapping[str, str] | None) -> dict[str, str]:
-    """One pattern is a set named after its folder; a mapping gives the names itself."""
+def _complete(reader: PairReader, name: str) -> PairReader:
+    if reader.num_incomplete:
+        raise DataError(f"validation set {name}: {reader.num_incomplete} samples lack an image or a caption")
+    return reader
+
+
+def _named_sets(shards: str | list[str] | Mapping[str, str] | None) -> dict[str, str | list[str]]:
+    """Patterns alone are one set, named after its folder; a mapping gives the names itself."""
     if shards is None:
         return {}
-    if isinstance(shards, str):
-        return {Path(shards).parent.name or "val": shards}
-    return dict(shards)
+    if isinstance(shards, Mapping):
+        return dict(shards)
+    folder = Path(shards if isinstance(shards, str) else shards[0]).parent.name
+    return {folder if re.fullmatch(r"\w[\w.-]*", folder) and "::" not in shards else "val": shards}
 
 
 def _num_workers(setting: int | str, world: World) -> int:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from clip_train.errors import ConfigError
 
-_PATTERN = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kMG]?)\s*(samples?|steps?|epochs?|%|)")
+_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*([kMG]?)")
+_DURATION = re.compile(_NUMBER.pattern + r"\s*(samples?|steps?|epochs?|%|)")
 _PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
 RUN_LENGTH_KEYS = ("max_samples", "max_steps", "max_epochs")
 
@@ -30,11 +31,11 @@ class Clock:
         cls,
         batch_size: int,
         epoch_samples: int,
-        max_samples: float | None = None,
-        max_steps: int | None = None,
-        max_epochs: float | None = None,
+        max_samples: float | str | None = None,
+        max_steps: float | str | None = None,
+        max_epochs: float | str | None = None,
     ) -> "Clock":
-        """The clock of a run whose length is given in exactly one way. It is rounded up to whole steps.
+        """The clock of a run whose length is given in exactly one way, as 20000 or 400M, and becomes whole steps.
 
         Raises:
             ConfigError: no length, two, or one that is not positive.
@@ -48,9 +49,11 @@ class Clock:
             said = " and ".join(f"{name}={value}" for name, value in given.items()) or "none is given"
             raise ConfigError(f"give exactly one of {', '.join(RUN_LENGTH_KEYS)} ({said})")
         ((name, value),) = given.items()
-        if not isinstance(value, int | float) or not value > 0:
+        match = _NUMBER.fullmatch(str(value))
+        number = float(match[1]) * _PREFIXES[match[2]] if match else 0.0
+        if number <= 0:
             raise ConfigError(f"{name}={value} is not a positive number")
-        samples = value * {"max_samples": 1, "max_steps": batch_size, "max_epochs": epoch_samples}[name]
+        samples = number * {"max_samples": 1, "max_steps": batch_size, "max_epochs": epoch_samples}[name]
         return cls(batch_size, epoch_samples, math.ceil(samples / batch_size) * batch_size)
 
     def samples(self, duration: str | int | float, setting: str) -> int:
@@ -59,7 +62,7 @@ class Clock:
         Raises:
             ConfigError: `duration` is none of these; `setting` is the config key named in the message.
         """
-        match = _PATTERN.fullmatch(str(duration).strip())
+        match = _DURATION.fullmatch(str(duration).strip())
         if not match:
             raise ConfigError(f"{setting}={duration!r} is no duration; write 2000 steps, 10M samples, 1 epoch or 5%")
         number = float(match[1]) * _PREFIXES[match[2]]

@@ -13,13 +13,15 @@ from lightning.pytorch.plugins.environments import (
 
 from clip_train.errors import ConfigError
 
+_ACCELERATORS = ("auto", "cpu", "gpu")
+
 
 @dataclass(frozen=True)
 class World:
     """The processes of a run, known before they are connected.
 
     Attributes:
-        accelerator: `cpu`, `gpu`, ...
+        accelerator: `cpu` or `gpu`.
         devices: processes per node.
         environment: tells Lightning how the processes were started.
     """
@@ -46,6 +48,10 @@ def find_world(accelerator: str, devices: int | str, num_nodes: int) -> World:
     Raises:
         ConfigError: `devices` and `num_nodes` contradict the launcher, or there are not so many devices.
     """
+    if accelerator not in _ACCELERATORS:
+        raise ConfigError(f"trainer.accelerator={accelerator} is none of {', '.join(_ACCELERATORS)}")
+    if not isinstance(num_nodes, int) or num_nodes < 1:
+        raise ConfigError(f"trainer.num_nodes={num_nodes} is not a positive number")
     if accelerator == "auto":
         accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     if devices != "auto" and (not isinstance(devices, int) or devices < 1):

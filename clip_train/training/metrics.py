@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import lightning as L
 import torch
@@ -31,7 +33,7 @@ class TrainMetrics(Callback):
 
     Attributes:
         latest: the last values read, for the progress display and the summary.
-        samples_per_second: over the whole run, the first step left out (it warms caches up).
+        samples_per_second: over the whole run, without saving, evaluating, and the first step (it warms caches up).
     """
 
     def __init__(self, log_every: int, batch_size: int) -> None:
@@ -60,7 +62,7 @@ class TrainMetrics(Callback):
         metrics = {**pl_module.step_metrics, "data/bad_samples": float(self.bad_samples)}
         self._pending.append((trainer.global_step, pl_module.samples_seen, metrics))
         if len(self._pending) >= self.log_every or trainer.should_stop or not self.latest:
-            self._flush(trainer)
+            self.flush(trainer)
         self._step_end = time.perf_counter()
         if self._first_step_end:
             self._steps_timed += 1
@@ -68,9 +70,30 @@ class TrainMetrics(Callback):
             self._first_step_end = self._step_end
 
     def on_train_end(self, trainer, pl_module) -> None:
-        self._flush(trainer)
+        self.flush(trainer)
 
-    def _flush(self, trainer: L.Trainer) -> None:
+    def state_dict(self) -> dict[str, int]:
+        return {"bad_samples": self.bad_samples}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.bad_samples = state_dict["bad_samples"]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside, saving or evaluating, out of speed and waiting."""
+        start = time.perf_counter()
+        yield
+        elapsed = time.perf_counter() - start
+        self._step_end += elapsed
+        self._window_start += elapsed
+        self._first_step_end += elapsed
+
+    def flush(self, trainer: L.Trainer) -> None:
+        """Read and log all steps so far.
+
+        Raises:
+            NonFiniteLossError: one of them had no finite loss or gradient.
+        """
         if not self._pending:
             return
         rows = _read([metrics for *_, metrics in self._pending])
@@ -83,12 +106,16 @@ class TrainMetrics(Callback):
         for (step, samples_seen, _), row in zip(self._pending, rows, strict=True):
             self.latest = {**row, **speed}
             log_metrics(trainer, samples_seen, self.latest, step)
-            if not math.isfinite(row["train/loss"]):
-                raise NonFiniteLossError(
-                    f"the loss is {row['train/loss']} at step {step} ({samples_seen} samples seen)"
-                )
+            _check_finite(row, step, samples_seen, skips_overflow=trainer.precision == "16-mixed")
         self._pending = []
         self._window_start, self._waited = now, 0.0
+
+
+def _check_finite(row: dict[str, float], step: int, samples_seen: int, skips_overflow: bool) -> None:
+    """In fp16 the gradient scaler skips a step whose gradient overflows; that is no fault."""
+    for name in ("train/loss",) if skips_overflow else ("train/loss", "train/grad_norm"):
+        if not math.isfinite(row[name]):
+            raise NonFiniteLossError(f"{name} is {row[name]} at step {step} ({samples_seen} samples seen)")
 
 
 def _read(rows: list[dict[str, Tensor | float]]) -> list[dict[str, float]]:

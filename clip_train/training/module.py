@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from clip_train.data.batches import Batch
+from clip_train.data.keyed_random import MODEL_NOISE, keyed_bits
 from clip_train.models import DualEncoder
 from clip_train.training.durations import Clock
 from clip_train.training.optimizer import build_adamw
@@ -23,18 +24,20 @@ class ClipModule(L.LightningModule):
         loss: of this rank's image and text features and the inverse temperature; the mean over the global batch.
         optim: the `optim` group of the configs.
         clock: batch size and length of the run.
+        seed: of the noise inside the model, if it has any.
 
     Attributes:
         samples_seen: pairs consumed by finished steps; all that decides what comes next.
         step_metrics: scalars of the last step, on the device.
     """
 
-    def __init__(self, model: DualEncoder, loss: Loss, optim: Mapping, clock: Clock) -> None:
+    def __init__(self, model: DualEncoder, loss: Loss, optim: Mapping, clock: Clock, seed: int) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
         self.optim = optim
         self.clock = clock
+        self.seed = seed
         self.samples_seen = 0
         self.warmup_samples = clock.samples(optim["warmup"], "optim.warmup")
         self.step_metrics: dict[str, Tensor | float] = {}
@@ -55,6 +58,8 @@ class ClipModule(L.LightningModule):
         self.trainer.should_stop = self.samples_seen >= self.clock.total_samples  # a resumed run may be complete
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Dropout and the like must not depend on what was drawn before, or a resumed run would differ.
+        torch.manual_seed(int(keyed_bits(MODEL_NOISE, self.seed, self.samples_seen, self.global_rank, count=1)[0]) >> 1)
         factor = warmup_cosine(
             self.samples_seen,
             batch_size=self.clock.batch_size,

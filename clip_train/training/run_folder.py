@@ -14,6 +14,17 @@ import torch
 from clip_train.data.files import write_atomic
 from clip_train.errors import ConfigError, RunExistsError
 
+# So that the kept config, used as a primary config, leaves no folders of Hydra's about.
+_CONFIG_HEADER = """\
+defaults:
+  - _self_
+  - override hydra/job_logging: none
+  - override hydra/hydra_logging: none
+hydra:
+  run:
+    dir: .
+  output_subdir: null
+"""
 _LIBRARIES = ("clip_train", "torch", "lightning", "timm", "transformers", "webdataset", "hydra-core")
 
 
@@ -56,7 +67,7 @@ class RunFolder:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomic(self.config, config.encode())
+            write_atomic(self.config, (_CONFIG_HEADER + config).encode())
             handler = logging.FileHandler(self.log)
         except OSError as error:
             raise ConfigError(f"cannot write to {self.path}: {error.strerror}; choose another output_dir") from error
@@ -65,6 +76,10 @@ class RunFolder:
         for old in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:
             logger.removeHandler(old)  # of the sweep's previous run
         logger.addHandler(handler)
+
+    def read_summary(self) -> dict:
+        """The outcome of a finished run."""
+        return json.loads(self.summary.read_text())
 
     def write_summary(self, summary: dict) -> None:
         """Keep the run's outcome and the environment it had."""

@@ -1,39 +1,46 @@
 """The table a run begins with: what will be trained, on what, for how long."""
 
+import logging
+
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.launch import World
 from clip_train.training.module import ClipModule
+from clip_train.training.run_folder import RunFolder
+
+log = logging.getLogger(__name__)
 
 
-def print_startup_table(
-    console: Console,
-    *,
-    run: str,
-    model_name: str,
-    module: ClipModule,
-    data: ClipDataModule,
-    world: World,
-    precision: str,
+def announce(
+    console: Console, cfg: DictConfig, folder: RunFolder, module: ClipModule, data: ClipDataModule, world: World
 ) -> None:
-    """Model, parameters, batch arithmetic, samples and devices."""
+    """Print model, parameters, batch arithmetic, samples and devices, and what is odd about them."""
+    console.print(_table(cfg, folder, module, data, world))
+    if data.batches.reader.num_incomplete:
+        log.warning("%d samples lack an image or a caption and are left out", data.batches.reader.num_incomplete)
+    if module.clock.batch_size > data.num_samples:
+        log.warning("the batch is larger than the training set: the same pair will stand in it more than once")
+
+
+def _table(cfg: DictConfig, folder: RunFolder, module: ClipModule, data: ClipDataModule, world: World) -> Table:
     model, clock = module.model, module.clock
     vision, text, total = (sum(p.numel() for p in part.parameters()) for part in (model.vision, model.text, model))
     steps = clock.total_samples // clock.batch_size
     order = data.batches.order
     epochs = clock.total_samples / order.num_samples
     rows = {
-        "run": run,
-        "model": f"{model_name} at {data.batches.image_size} px, {data.batches.tokenizer.context_length} tokens",
+        "run": str(folder.path),
+        "model": f"{cfg.model_name} at {data.batches.image_size} px, {data.batches.tokenizer.context_length} tokens",
         "parameters": f"{total:,} (image tower {vision:,}, text tower {text:,})",
         "batch": f"{clock.batch_size:,} = {world.size} process(es) x {clock.batch_size // world.size:,}",
         "samples": f"{order.num_samples:,} in {len(order.counts):,} shards",
         "length": f"{clock.total_samples:,} samples = {steps:,} steps = {epochs:.4g} epochs",
         "learning rate": f"{module.optim['lr']:g}, {module.warmup_samples:,} samples of warm-up, then cosine",
         "validation": ", ".join(f"{name} ({len(pairs):,})" for name, pairs in data.val_sets.items()) or "none",
-        "devices": f"{world.size} x {world.accelerator} on {world.num_nodes} node(s), {precision}",
+        "devices": f"{world.size} x {world.accelerator} on {world.num_nodes} node(s), {cfg.trainer.precision}",
         "loader": f"{data.num_workers} worker(s) per process",
     }
     if module.samples_seen:
@@ -43,4 +50,4 @@ def print_startup_table(
     table.add_column()
     for name, value in rows.items():
         table.add_row(name, value)
-    console.print(table)
+    return table

@@ -11,7 +11,7 @@ from clip_train.data.batches import EvalBatches
 from clip_train.evaluation.features import Features, encode_pairs
 from clip_train.evaluation.retrieval import retrieval_metrics
 from clip_train.training.checkpoints import passes
-from clip_train.training.metrics import log_metrics
+from clip_train.training.metrics import TrainMetrics, log_metrics
 from clip_train.training.module import ClipModule
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ class Validation(Callback):
         batch_size: pairs per forward pass on a rank.
         num_workers: loader processes.
         picture: where the last evaluation draws the first set's retrieval; None for no picture.
+        metrics: whose clock stands still meanwhile.
 
     Attributes:
         latest: the newest metrics of all sets.
@@ -39,14 +40,17 @@ class Validation(Callback):
         batch_size: int,
         num_workers: int,
         picture: Path | None,
+        metrics: TrainMetrics,
     ) -> None:
+        self.metrics = metrics
         self.sets, self.every_samples, self.picture = sets, every_samples, picture
         self.batch_size, self.num_workers = batch_size, num_workers
         self.latest: dict[str, float] = {}
 
     def on_train_batch_end(self, trainer, pl_module: ClipModule, outputs, batch, batch_idx) -> None:
         if passes(pl_module.samples_seen, pl_module.clock.batch_size, self.every_samples) and not trainer.should_stop:
-            self._evaluate(trainer, pl_module, final=False)
+            with self.metrics.paused():
+                self._evaluate(trainer, pl_module, final=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         if pl_module.samples_seen >= pl_module.clock.total_samples:

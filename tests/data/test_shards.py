@@ -30,6 +30,7 @@ def test_braces_globs_and_several(folder):
         ("x*.tar", "no file matches"),
         ("a{0..3}.tar", "a3.tar does not exist"),
         ("", "is a folder"),
+        ("{a", "nbalanced"),
         ("a0.tar::{folder}/a*.tar", r"names 1 shard\(s\) more than once, first .*a0.tar"),
     ],
 )

@@ -55,6 +55,17 @@ def test_damage_in_the_middle_is_found(tmp_path):
         list(scan_tar(str(path)))
 
 
+def test_two_tars_in_one_and_zeros_in_place_of_data(tmp_path):
+    path = tmp_path / "t.tar"
+    content = write_tar(path, ["a.jpg", "b.jpg"], tarfile.PAX_FORMAT)
+    path.write_bytes(content + content)
+    with pytest.raises(DataError, match="two tars in one"):
+        list(scan_tar(str(path)))
+    path.write_bytes(content + bytes(2 << 20))
+    with pytest.raises(DataError, match="nothing but zeros"):
+        list(scan_tar(str(path)))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [(b"hello" * 200, "not a tar"), (b"\x1f\x8b" + b"x" * 600, "compressed"), (b"", "not a tar")],

@@ -46,6 +46,12 @@ def test_a_collapsed_model_finds_nothing():
     assert metrics["text_to_image_recall@10"] == 0.1
 
 
+def test_a_model_that_diverged_finds_nothing():
+    nothing = torch.full((20, 8), torch.nan)
+    metrics = retrieval_metrics(Features(nothing, nothing), 14.0)
+    assert metrics["image_to_text_recall@10"] == metrics["text_to_image_recall@1"] == 0
+
+
 def test_the_same_on_any_number_of_ranks():
     expected = retrieval_metrics(random_features(), 14.0)
     for metrics in run_on_ranks(retrieval_of_random_features, 4):

@@ -34,14 +34,29 @@ def test_no_durations(duration):
 
 @pytest.mark.parametrize(
     ("length", "samples"),
-    [({"max_samples": 950}, 1000), ({"max_steps": 7}, 700), ({"max_epochs": 2}, 2000), ({"max_epochs": 0.55}, 600)],
+    [
+        ({"max_samples": 950}, 1000),
+        ({"max_steps": 7}, 700),
+        ({"max_epochs": 2}, 2000),
+        ({"max_epochs": 0.55}, 600),
+        ({"max_samples": "10k"}, 10_000),
+        ({"max_steps": 1e3}, 100_000),
+    ],
 )
 def test_length_of_a_run_in_whole_steps(length, samples):
     assert Clock.of_run(100, 1000, **length).total_samples == samples
 
 
 @pytest.mark.parametrize(
-    "length", [{}, {"max_steps": 1, "max_epochs": 1}, {"max_steps": 0}, {"max_epochs": -1}, {"max_steps": "x"}]
+    "length",
+    [
+        {},
+        {"max_steps": 1, "max_epochs": 1},
+        {"max_steps": 0},
+        {"max_epochs": -1},
+        {"max_steps": "x"},
+        {"max_epochs": float("inf")},
+    ],
 )
 def test_impossible_lengths(length):
     with pytest.raises(ConfigError, match="max_"):
