@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 
 from clip_train.commands.program import quote_text
 from clip_train.commands.train import main
@@ -112,10 +113,34 @@ def test_two_lengths(fail):
         ("data=shards", "data.train.shards"),
         ("resume=/no/such.ckpt", "resume=/no/such.ckpt"),
         ("optim.lr=[1,", "viable"),
+        ("optim.lr=fast", "optim.lr=fast"),
+        ("seed=-1", "seed=-1"),
+        ("data.lanes=0", "data.lanes=0"),
+        ("trainer.num_nodes=0", "trainer.num_nodes=0"),
+        ("trainer.accelerator=abacus", "auto, cpu, gpu"),
+        ("checkpoint.keep=-1", "checkpoint.keep=-1"),
+        ("eval.batch_size=0", "eval.batch_size=0"),
+        ("model.text.heads=5", "heads=5"),
+        ("model.text.context_length=1", "model.text.context_length=1"),
+        ("data.train.shards=/tmp/{a", "nbalanced"),
+        ("max_samples=many", "max_samples=many"),
     ],
 )
 def test_values_that_cannot_be(fail, override, named):
     assert named in fail(override)
+
+
+def test_a_checkpoint_that_is_none_and_one_of_another_model(fail, tmp_path):
+    path = tmp_path / "junk.ckpt"
+    path.write_bytes(b"junk")
+    assert "is no checkpoint of clip-train" in fail(f"resume={path}")
+    torch.save({"samples_seen": 32, "state_dict": {"model.logit_scale": torch.zeros(())}}, path)
+    assert "is of another model" in fail(f"resume={path}")
+
+
+def test_an_incomplete_validation_set(fail, tmp_path):
+    shard = write_shard(tmp_path / "val.tar", [make_sample(0), {k: v for k, v in make_sample(1).items() if k != "txt"}])
+    assert "1 samples lack an image or a caption" in fail(f"data.val.shards={shard}")
 
 
 def test_output_that_cannot_be_written(fail, tmp_path):

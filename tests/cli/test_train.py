@@ -51,9 +51,10 @@ def test_a_run_leaves_its_folder(tmp_path):
     assert again.stderr.count("\n") == 1
     assert "resume=auto" in again.stderr
 
-    repeated = clip_train("--config-dir", str(folder), "--config-name", "config", "run_name=repeated")
+    # As a sweep, so that its jobs must find the config too.
+    repeated = clip_train("--multirun", "--config-dir", str(folder), "--config-name", "config", "run_name=repeated")
     assert repeated.returncode == 0, repeated.stderr
-    rows_again = [row for row in read_metrics(tmp_path / "repeated" / "metrics.csv")[1] if row["train/loss"]]
+    rows_again = [row for row in read_metrics(tmp_path / "repeated_0" / "metrics.csv")[1] if row["train/loss"]]
     assert losses(rows_again) == losses(rows)
 
 

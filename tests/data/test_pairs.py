@@ -53,6 +53,19 @@ def test_many_shards_do_not_exhaust_descriptors(make_shards, monkeypatch):
         assert pairs.read(shard, 0).captions[0].endswith(str(shard))
 
 
+def test_an_odd_first_sample_does_not_forbid_a_caption_path(make_shards):
+    def without_captions_first(sample: dict) -> dict:
+        return sample | ({"json": {"captions": []}} if sample["__key__"] == "000000" else {})
+
+    assert len(reader(make_shards([3], without_captions_first), caption_key="json:captions")) == 3
+
+
+def test_json_that_breaks_parsers_is_unusable():
+    for content in (b'{"a": ' + b"1" * 5000 + b"}", b"[" * 100_000):
+        with pytest.raises(UnusableCaption):
+            CaptionKey.parse("json:a").read(content)
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"  \n", b"\xff\xfe", b"{}", b'{"a": 3}', b'{"a": []}', b'{"a": [" "]}', b"[1]", b"{"]
 )

@@ -1,7 +1,11 @@
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 import torch
 
-from clip_train.training.checkpoints import AtomicCheckpointIO, passes
+from clip_train.training.checkpoints import AtomicCheckpointIO, Checkpointing, passes
+from clip_train.training.metrics import TrainMetrics
 
 
 class Unpicklable:
@@ -22,6 +26,20 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     torch.save({"weight": Exception("any object that is not plain data")}, tmp_path / "a.ckpt")
     with pytest.raises(Exception, match=r"weights_only|Weights only"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
+
+
+def test_what_lies_ahead_of_a_resumed_run_goes_and_the_newest_stay(tmp_path):
+    metrics = TrainMetrics(10, 32)
+    checkpointing = Checkpointing(tmp_path, None, keep=2, metrics=metrics)
+    for samples in (500, 2000, 3000):
+        (tmp_path / f"samples_{samples:014d}.ckpt").touch()
+    trainer = SimpleNamespace(is_global_zero=True, save_checkpoint=lambda path: path.touch())
+    module = SimpleNamespace(samples_seen=1000)
+    checkpointing.on_train_start(cast(Any, trainer), cast(Any, module))
+    for samples in (1500, 2500):
+        module.samples_seen = samples
+        checkpointing.on_train_end(cast(Any, trainer), cast(Any, module))
+    assert sorted(int(path.stem.split("_")[1]) for path in tmp_path.iterdir()) == [1500, 2500]
 
 
 def test_cadence():
