@@ -21,6 +21,8 @@ def announce(
     console.print(_table(cfg, folder, module, data, world))
     if data.batches.reader.num_incomplete:
         log.warning("%d samples lack an image or a caption and are left out", data.batches.reader.num_incomplete)
+    if module.warmup_samples > module.clock.total_samples:
+        log.warning("the run ends inside its warm-up (optim.warmup=%s)", module.optim["warmup"])
     if module.clock.batch_size > data.num_samples:
         log.warning("the batch is larger than the training set: the same pair will stand in it more than once")
 
