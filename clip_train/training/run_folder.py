@@ -23,6 +23,8 @@ defaults:
 hydra:
   run:
     dir: .
+  sweep:
+    dir: ${output_dir}/sweep_${now:%Y-%m-%d_%H-%M-%S}
   output_subdir: null
 """
 _LIBRARIES = ("clip_train", "torch", "lightning", "timm", "transformers", "webdataset", "hydra-core")
