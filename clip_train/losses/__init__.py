@@ -1,5 +1,7 @@
 """Contrastive losses over the batches of all ranks, as pure functions."""
 
 from clip_train.losses.contrastive import contrastive_loss
+from clip_train.losses.exchange import UnequalBatchesError
+from clip_train.losses.sigmoid import sigmoid_loss
 
-__all__ = ["contrastive_loss"]
+__all__ = ["UnequalBatchesError", "contrastive_loss", "sigmoid_loss"]

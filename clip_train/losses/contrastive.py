@@ -1,13 +1,37 @@
-"""The symmetric InfoNCE loss of CLIP over the global batch."""
+"""The symmetric InfoNCE loss of CLIP over the global batch, without ever holding its logits.
+
+With local rows X (b, D), all text rows Y (B, D) and S = s X Y^T, only one side travels: the sums over a row of S are
+local, those over a column are added up over the ranks. Backward computes each tile of S again, forms
+G = exp(S - row) + exp(S - column) - 2 I, and sends G^T X home to the texts' ranks. docs/large_batch.md has the details.
+"""
+
+import math
 
 import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
-from clip_train.distributed import group_rank
-from clip_train.losses.exchange import all_gather, mean_over_ranks
+from clip_train.distributed import group_rank, group_size
+from clip_train.losses.exchange import (
+    EXCHANGES,
+    GatheredRows,
+    ReduceScatter,
+    Shift,
+    check_features,
+    maximum_over_ranks_,
+    mean_over_ranks,
+    ring_blocks,
+    sum_over_ranks_,
+)
+from clip_train.losses.tiles import LogSums, accumulation_dtype, add_gradients, add_statistics, prepare
+
+_LN_2 = math.log(2)
+# Gradients go home in this many parts, each while the next is computed; no part has fewer rows than a tile.
+_PARTS, _LEAST_PART = 4, 512
+
+Group = dist.ProcessGroup | None
 
 
 def contrastive_loss(
@@ -15,25 +39,134 @@ def contrastive_loss(
     text: Float[Tensor, "b dim"],
     logit_scale: Float[Tensor, ""],
     *,
-    group: dist.ProcessGroup | None = None,
+    group: Group = None,
+    exchange: str = "gather",
+    matmul_dtype: torch.dtype | None = None,
 ) -> Float[Tensor, ""]:
     """Symmetric InfoNCE (Radford et al., 2021) where pair i of every rank's rows belongs together.
-
-    Each rank compares its own rows with those of all ranks, in fp32: b x B logits per direction.
 
     Args:
         image, text: unit vectors of this rank's pairs; every rank has equally many.
         logit_scale: the inverse temperature itself, not its log.
         group: the ranks that share the batch; all by default.
+        exchange: `gather` collects all ranks' texts, O(B D) memory per rank; `ring` passes them on rank by rank,
+            O(b D) memory and half as much traffic again.
+        matmul_dtype: `torch.bfloat16` or `torch.float16` rounds what is multiplied; sums stay in fp32. None multiplies
+            in the features' own precision, at least fp32.
 
     Returns:
         The mean loss of the global batch, the same on every rank. Averaged over ranks, its gradients are those of one
         process with the whole batch, `logit_scale`'s included.
+
+    Raises:
+        UnequalBatchesError: on all ranks, if the ranks' features differ in shape.
+        ValueError: there is no such exchange.
     """
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange={exchange} is none of {', '.join(EXCHANGES)}")
+    check_features(image, text, group)
     with torch.autocast(image.device.type, enabled=False):
-        scaled = logit_scale.to(image.dtype) * image
-        labels = torch.arange(len(image), device=image.device) + group_rank(group) * len(image)
-        to_text = scaled @ all_gather(text, group).T
-        to_image = logit_scale.to(text.dtype) * text @ all_gather(image, group).T
-        local = (F.cross_entropy(to_text, labels) + F.cross_entropy(to_image, labels)) / 2
-    return mean_over_ranks(local, group)
+        return _Contrastive.apply(image, text, logit_scale, group, exchange, matmul_dtype)  # pyright: ignore[reportReturnType]
+
+
+class _Contrastive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, image, text, logit_scale, group, exchange, matmul_dtype):
+        ctx.group, ctx.matmul_dtype = group, matmul_dtype
+        x, y, scaled = _operands(image, text, logit_scale, matmul_dtype)
+        statistics = _gathered_statistics if exchange == "gather" else _ring_statistics
+        row_logs, column_logs, ctx.gathered = statistics(x, y, group)
+        own_logs = column_logs if ctx.gathered is None else column_logs[ctx.gathered.own]
+        matched = torch.linalg.vecdot(scaled, text.to(scaled.dtype))
+        ctx.save_for_backward(image, text, logit_scale, row_logs, column_logs)
+        return mean_over_ranks(_LN_2 * ((row_logs + own_logs) / 2 - matched).mean(), group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss):
+        image, text, logit_scale, row_logs, column_logs = ctx.saved_tensors
+        wants_image, wants_text, wants_scale = ctx.needs_input_grad[:3]
+        with torch.autocast(image.device.type, enabled=False):
+            x, y, scaled = _operands(image, text, logit_scale, ctx.matmul_dtype)
+            dx = torch.zeros_like(scaled) if wants_image or wants_scale else None
+            if ctx.gathered is None:
+                dy = _ring_gradients(x, y, row_logs, column_logs, dx, wants_text, ctx.group)
+            else:
+                dy = _gathered_gradients(x, ctx.gathered.wait(), row_logs, column_logs, dx, wants_text, ctx.group)
+        unit = grad_loss / (2 * len(image))
+        d_scale = unit * torch.linalg.vecdot(image.to(scaled.dtype), dx).sum() if wants_scale else None
+        d_image = dx.mul_(unit * logit_scale).to(image.dtype) if wants_image else None
+        d_text = dy.mul_(unit * _LN_2).to(text.dtype) if wants_text else None  # x carries the scale and 1 / ln 2
+        return d_image, d_text, d_scale, None, None, None
+
+
+def _operands(
+    image: Tensor, text: Tensor, logit_scale: Tensor, matmul_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both sides of the products, the images scaled so that S comes in units of log 2, and those before rounding."""
+    dtype = accumulation_dtype(image.dtype)
+    scaled = image.to(dtype) * (logit_scale.to(dtype) / _LN_2)
+    return prepare(scaled, matmul_dtype), prepare(text.to(dtype), matmul_dtype), scaled
+
+
+def _gathered_statistics(x: Tensor, y: Tensor, group: Group) -> tuple[Tensor, Tensor, GatheredRows]:
+    """Log-sums of this rank's rows (b) and of all columns (B)."""
+    gathered = GatheredRows(y, group)
+    rows, columns = LogSums.empty(len(x), x), LogSums.empty(len(y) * group_size(group), x)
+    add_statistics(x, y, rows, columns[gathered.own])  # while the others' rows arrive
+    for part in gathered.others:
+        add_statistics(x, gathered.wait()[part], rows, columns[part])
+    maximum = columns.maximum.clone()
+    maximum_over_ranks_(maximum, group)
+    columns.total.mul_(torch.exp2(columns.maximum - maximum))
+    sum_over_ranks_(columns.total, group)
+    return rows.log2(), LogSums(maximum, columns.total).log2(), gathered
+
+
+def _gathered_gradients(
+    x: Tensor, y: Tensor, row_logs: Tensor, column_logs: Tensor, dx: Tensor | None, wants_dy: bool, group: Group
+) -> Tensor | None:
+    """Fill dx; returns this rank's dy. The columns are taken in parts, and a part goes home while the next is made."""
+    b, world_size, rank = len(x), group_size(group), group_rank(group)
+    part_rows = max(_LEAST_PART, -(-b // _PARTS)) if world_size > 1 else b
+    on_their_way = []
+    for start in range(0, b, part_rows):
+        size = min(part_rows, b - start)
+        dy = x.new_zeros(world_size, size, x.shape[1], dtype=row_logs.dtype) if wants_dy else None
+        for owner in range(world_size):
+            columns = slice(owner * b + start, owner * b + start + size)
+            diagonal = -start if owner == rank else None
+            add_gradients(
+                x, y[columns], row_logs, column_logs[columns], diagonal, dx, None if dy is None else dy[owner]
+            )
+        if dy is not None:
+            on_their_way.append(ReduceScatter(dy, group))
+    return torch.cat([part.wait() for part in on_their_way]) if wants_dy else None
+
+
+def _ring_statistics(x: Tensor, y: Tensor, group: Group) -> tuple[Tensor, Tensor, None]:
+    """Log-sums of this rank's rows (b) and columns (b): a block's column sums follow it around the ring and home."""
+    rows, carried = LogSums.empty(len(x), x), None
+    for (block,) in ring_blocks([y], group):
+        columns = LogSums.empty(len(y), x)
+        add_statistics(x, block, rows, columns)
+        if carried is not None:
+            columns.merge_(*carried.wait())
+        carried = Shift([columns.maximum, columns.total], group)
+    assert carried is not None
+    return rows.log2(), LogSums(*carried.wait()).log2(), None
+
+
+def _ring_gradients(
+    x: Tensor, y: Tensor, row_logs: Tensor, column_logs: Tensor, dx: Tensor | None, wants_dy: bool, group: Group
+) -> Tensor | None:
+    """Fill dx; returns this rank's dy, which follows y around the ring and home."""
+    carried = None
+    for step, (block, block_logs) in enumerate(ring_blocks([y, column_logs], group)):
+        dy = torch.zeros_like(block, dtype=row_logs.dtype) if wants_dy else None
+        add_gradients(x, block, row_logs, block_logs, 0 if step == 0 else None, dx, dy)
+        if dy is not None:
+            if carried is not None:
+                dy += carried.wait()[0]
+            carried = Shift([dy], group)
+    return carried.wait()[0] if carried is not None else None

@@ -1,38 +1,152 @@
-"""Collectives that autograd sees through."""
+"""What passes between the ranks of a loss: one side's features, the gradients back to it, and a few sums."""
+
+from collections.abc import Iterator, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clip_train.distributed import group_size
+from clip_train.distributed import group_rank, group_size
+from clip_train.errors import ClipTrainError
+
+EXCHANGES = ("gather", "ring")
 
 
-class _AllGather(torch.autograd.Function):
-    """Rows of all ranks. Backward sums what every rank wants of this rank's rows."""
-
-    @staticmethod
-    def forward(ctx, local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group, ctx.rows = group, len(local)
-        gathered = local.new_empty(group_size(group) * len(local), *local.shape[1:])
-        dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-        return gathered
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        local = grads[0].new_empty(ctx.rows, *grads[0].shape[1:])
-        dist.reduce_scatter_tensor(local, grads[0].contiguous(), group=ctx.group)
-        return local, None
+class UnequalBatchesError(ClipTrainError, ValueError):
+    """The ranks came to the loss with differently shaped features."""
 
 
-def all_gather(local: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Concatenate the rows (b, ...) of all ranks, in rank order, with gradients to every rank."""
-    return _AllGather.apply(local, group) if group_size(group) > 1 else local  # pyright: ignore[reportReturnType]
+def check_features(image: Tensor, text: Tensor, group: dist.ProcessGroup | None) -> None:
+    """Raises UnequalBatchesError on every rank unless all ranks have equally many image and text rows, of one width.
+
+    The ranks agree through the host, so an accelerator is not waited for.
+    """
+    if image.ndim != 2 or image.shape != text.shape or not len(image):
+        shapes = [0, 0]  # told to the others before raising, as they would wait
+    else:
+        shapes = list(image.shape)
+    extremes = torch.tensor([*shapes, *(-size for size in shapes)])
+    if group_size(group) > 1:
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=_host_group(group))
+    if shapes == [0, 0]:
+        raise UnequalBatchesError(
+            f"image features {tuple(image.shape)} and text features {tuple(text.shape)} are no pairs:"
+            " give both as (pairs, dim), equally many and at least one"
+        )
+    most, least = extremes[:2].tolist(), (-extremes[2:]).tolist()
+    if most != least:
+        raise UnequalBatchesError(
+            f"the ranks have between {tuple(least)} and {tuple(most)} features, this one {tuple(shapes)}:"
+            " give every rank equally many pairs"
+        )
 
 
-def mean_over_ranks(local: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The mean over ranks in value; the local one in gradient, as strategies that average gradients expect."""
-    if group_size(group) == 1:
+_host_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
+
+
+def _host_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """A gloo group of the same ranks."""
+    group = group or dist.group.WORLD
+    assert group is not None
+    if group not in _host_groups:
+        if dist.get_backend(group) == "gloo":
+            return group
+        ranks = dist.get_process_group_ranks(group)
+        _host_groups[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+    return _host_groups[group]
+
+
+def mean_over_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The mean over ranks, on every rank. No gradients."""
+    if (world_size := group_size(group)) == 1:
         return local
-    mean = local.detach().clone()
-    dist.all_reduce(mean, group=group)
-    return local + (mean / group_size(group) - local.detach())
+    total = local.clone()
+    dist.all_reduce(total, group=group)
+    return total / world_size
+
+
+def maximum_over_ranks_(values: Tensor, group: dist.ProcessGroup | None) -> None:
+    if group_size(group) > 1:
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
+
+
+def sum_over_ranks_(values: Tensor, group: dist.ProcessGroup | None) -> None:
+    if group_size(group) > 1:
+        dist.all_reduce(values, group=group)
+
+
+class GatheredRows:
+    """All ranks' rows (B, D), on their way from the moment this is made.
+
+    Attributes:
+        own: the slice of this rank's rows.
+    """
+
+    def __init__(self, local: Tensor, group: dist.ProcessGroup | None) -> None:
+        world_size, rank = group_size(group), group_rank(group)
+        self.own = slice(rank * len(local), (rank + 1) * len(local))
+        self._work = None
+        self._rows = local
+        if world_size > 1:
+            self._rows = local.new_empty(world_size * len(local), *local.shape[1:])
+            self._work = dist.all_gather_into_tensor(self._rows, local, group=group, async_op=True)
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._rows
+
+    @property
+    def others(self) -> list[slice]:
+        """The slices before and after this rank's own."""
+        before, after = slice(0, self.own.start), slice(self.own.stop, len(self._rows))
+        return [part for part in (before, after) if part.start < part.stop]
+
+
+class ReduceScatter:
+    """Sums of gradients (W, n, D), each rank's going home; under way from the moment this is made."""
+
+    def __init__(self, grads: Tensor, group: dist.ProcessGroup | None) -> None:
+        self._home = grads[0]
+        self._work = None
+        if len(grads) > 1:
+            self._home = torch.empty_like(grads[0])
+            self._grads = grads  # kept alive until sent
+            self._work = dist.reduce_scatter_tensor(self._home, grads.flatten(0, 1), group=group, async_op=True)
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+        return self._home
+
+
+class Shift:
+    """Tensors on their way to the next rank of the ring; `wait` returns those of the previous one."""
+
+    def __init__(self, tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
+        world_size, rank = group_size(group), group_rank(group)
+        self._sent = self._received = list(tensors)
+        self._works = []
+        if world_size > 1:
+            self._received = [torch.empty_like(tensor) for tensor in tensors]
+            to, source = (rank + 1) % world_size, (rank - 1) % world_size
+            sends = [dist.P2POp(dist.isend, t, group=group, group_peer=to) for t in self._sent]
+            receives = [dist.P2POp(dist.irecv, t, group=group, group_peer=source) for t in self._received]
+            self._works = dist.batch_isend_irecv([*sends, *receives])
+
+    def wait(self) -> list[Tensor]:
+        for work in self._works:
+            work.wait()
+        return self._received
+
+
+def ring_blocks(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> Iterator[list[Tensor]]:
+    """Every rank's tensors in turn: this rank's, the previous one's, and so on; the next come while one is used."""
+    block = list(tensors)
+    for left in reversed(range(group_size(group))):
+        coming = Shift(block, group) if left else None
+        yield block
+        if coming is not None:
+            block = coming.wait()
