@@ -18,14 +18,14 @@ from clip_train.losses.exchange import (
     EXCHANGES,
     GatheredRows,
     ReduceScatter,
-    Shift,
+    add_,
+    around_ring,
     check_features,
     maximum_over_ranks_,
     mean_over_ranks,
-    ring_blocks,
     sum_over_ranks_,
 )
-from clip_train.losses.tiles import LogSums, accumulation_dtype, add_gradients, add_statistics, prepare
+from clip_train.losses.tiles import LogSums, accumulation_dtype, add_gradients, add_statistics, prepare, scale_grad
 
 _LN_2 = math.log(2)
 # Gradients go home in this many parts, each while the next is computed; no part has fewer rows than a tile.
@@ -94,9 +94,11 @@ class _Contrastive(torch.autograd.Function):
             else:
                 dy = _gathered_gradients(x, ctx.gathered.wait(), row_logs, column_logs, dx, wants_text, ctx.group)
         unit = grad_loss / (2 * len(image))
-        d_scale = unit * torch.linalg.vecdot(image.to(scaled.dtype), dx).sum() if wants_scale else None
-        d_image = dx.mul_(unit * logit_scale).to(image.dtype) if wants_image else None
-        d_text = dy.mul_(unit * _LN_2).to(text.dtype) if wants_text else None  # x carries the scale and 1 / ln 2
+        d_scale = None
+        if wants_scale and dx is not None:
+            d_scale = unit * torch.linalg.vecdot(image.to(dx.dtype), dx).sum()
+        d_image = scale_grad(dx if wants_image else None, unit * logit_scale, image.dtype)
+        d_text = scale_grad(dy, unit * _LN_2, text.dtype)  # x carries the scale and 1 / ln 2
         return d_image, d_text, d_scale, None, None, None
 
 
@@ -146,27 +148,26 @@ def _gathered_gradients(
 
 def _ring_statistics(x: Tensor, y: Tensor, group: Group) -> tuple[Tensor, Tensor, None]:
     """Log-sums of this rank's rows (b) and columns (b): a block's column sums follow it around the ring and home."""
-    rows, carried = LogSums.empty(len(x), x), None
-    for (block,) in ring_blocks([y], group):
-        columns = LogSums.empty(len(y), x)
+    rows = LogSums.empty(len(x), x)
+
+    def contribute(step: int, block: Tensor) -> list[Tensor]:
+        columns = LogSums.empty(len(block), x)
         add_statistics(x, block, rows, columns)
-        if carried is not None:
-            columns.merge_(*carried.wait())
-        carried = Shift([columns.maximum, columns.total], group)
-    assert carried is not None
-    return rows.log2(), LogSums(*carried.wait()).log2(), None
+        return [columns.maximum, columns.total]
+
+    columns = LogSums(*around_ring([y], contribute, lambda own, others: LogSums(*own).merge_(*others), group))
+    return rows.log2(), columns.log2(), None
 
 
 def _ring_gradients(
     x: Tensor, y: Tensor, row_logs: Tensor, column_logs: Tensor, dx: Tensor | None, wants_dy: bool, group: Group
 ) -> Tensor | None:
     """Fill dx; returns this rank's dy, which follows y around the ring and home."""
-    carried = None
-    for step, (block, block_logs) in enumerate(ring_blocks([y, column_logs], group)):
+
+    def contribute(step: int, block: Tensor, block_logs: Tensor) -> list[Tensor]:
         dy = torch.zeros_like(block, dtype=row_logs.dtype) if wants_dy else None
         add_gradients(x, block, row_logs, block_logs, 0 if step == 0 else None, dx, dy)
-        if dy is not None:
-            if carried is not None:
-                dy += carried.wait()[0]
-            carried = Shift([dy], group)
-    return carried.wait()[0] if carried is not None else None
+        return [] if dy is None else [dy]
+
+    home = around_ring([y, column_logs], contribute, add_, group)
+    return home[0] if home else None

@@ -1,6 +1,6 @@
 """What passes between the ranks of a loss: one side's features, the gradients back to it, and a few sums."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,14 +22,12 @@ def check_features(image: Tensor, text: Tensor, group: dist.ProcessGroup | None)
 
     The ranks agree through the host, so an accelerator is not waited for.
     """
-    if image.ndim != 2 or image.shape != text.shape or not len(image):
-        shapes = [0, 0]  # told to the others before raising, as they would wait
-    else:
-        shapes = list(image.shape)
+    are_pairs = image.ndim == 2 and image.shape == text.shape and len(image) > 0
+    shapes = list(image.shape) if are_pairs else [0, 0]  # told to the others before raising, as they would wait
     extremes = torch.tensor([*shapes, *(-size for size in shapes)])
     if group_size(group) > 1:
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group=_host_group(group))
-    if shapes == [0, 0]:
+    if not are_pairs:
         raise UnequalBatchesError(
             f"image features {tuple(image.shape)} and text features {tuple(text.shape)} are no pairs:"
             " give both as (pairs, dim), equally many and at least one"
@@ -53,7 +51,8 @@ def _host_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
         if dist.get_backend(group) == "gloo":
             return group
         ranks = dist.get_process_group_ranks(group)
-        _host_groups[group] = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        host_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        _host_groups[group] = host_group  # pyright: ignore[reportArgumentType]  only a non-member gets a number
     return _host_groups[group]
 
 
@@ -129,7 +128,7 @@ class Shift:
         world_size, rank = group_size(group), group_rank(group)
         self._sent = self._received = list(tensors)
         self._works = []
-        if world_size > 1:
+        if world_size > 1 and tensors:
             self._received = [torch.empty_like(tensor) for tensor in tensors]
             to, source = (rank + 1) % world_size, (rank - 1) % world_size
             sends = [dist.P2POp(dist.isend, t, group=group, group_peer=to) for t in self._sent]
@@ -150,3 +149,30 @@ def ring_blocks(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> I
         yield block
         if coming is not None:
             block = coming.wait()
+
+
+def around_ring(
+    tensors: Sequence[Tensor],
+    contribute: Callable[..., list[Tensor]],
+    merge_: Callable[[list[Tensor], list[Tensor]], None],
+    group: dist.ProcessGroup | None,
+) -> list[Tensor]:
+    """What all ranks contribute to this rank's tensors.
+
+    The tensors go around the ring. `contribute(step, *block)` is called for each rank's block, this rank's own at step
+    0; what it returns is merged, by `merge_(own, others)` into the former, with what earlier ranks contributed to that
+    block, and follows it home. A contribution travels while the next one is computed.
+    """
+    carried = None
+    for step, block in enumerate(ring_blocks(tensors, group)):
+        contribution = contribute(step, *block)
+        if carried is not None:
+            merge_(contribution, carried.wait())
+        carried = Shift(contribution, group)
+    return carried.wait() if carried is not None else []
+
+
+def add_(own: list[Tensor], others: list[Tensor]) -> None:
+    """Merge gradients, for `around_ring`."""
+    for mine, theirs in zip(own, others, strict=True):
+        mine.add_(theirs)

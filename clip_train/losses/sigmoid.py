@@ -15,12 +15,12 @@ from clip_train.losses.exchange import (
     EXCHANGES,
     GatheredRows,
     ReduceScatter,
-    Shift,
+    add_,
+    around_ring,
     check_features,
     mean_over_ranks,
-    ring_blocks,
 )
-from clip_train.losses.tiles import accumulation_dtype, add_sigmoid, prepare
+from clip_train.losses.tiles import accumulation_dtype, add_sigmoid, prepare, scale_grad
 
 Group = dist.ProcessGroup | None
 
@@ -47,8 +47,8 @@ def sigmoid_loss(
         matmul_dtype: `torch.bfloat16` or `torch.float16` rounds what is multiplied; sums stay in fp32.
 
     Returns:
-        The loss of the global batch, the same on every rank. Averaged over ranks, its gradients are those of one process
-        with the whole batch, those of `logit_scale` and `logit_bias` included.
+        The loss of the global batch, the same on every rank. Averaged over ranks, its gradients are those of one
+        process with the whole batch, those of `logit_scale` and `logit_bias` included.
 
     Raises:
         UnequalBatchesError: on all ranks, if the ranks' features differ in shape.
@@ -74,10 +74,10 @@ class _Sigmoid(torch.autograd.Function):
         passes = _gathered if exchange == "gather" else _ring
         loss, weight_sum, dy = passes(x, y, bias, dx, wants_text, group)
         b = len(image)
-        d_scale = torch.linalg.vecdot(image.to(dtype), dx).sum() / b if wants_scale else None
+        d_scale = torch.linalg.vecdot(image.to(dtype), dx).sum() / b if wants_scale and dx is not None else None
         ctx.grads = (
-            (dx * (scale / b)).to(image.dtype) if wants_image else None,
-            (dy / b).to(text.dtype) if wants_text else None,  # x carries the scale
+            scale_grad(dx if wants_image else None, scale / b, image.dtype),
+            scale_grad(dy, torch.ones_like(scale) / b, text.dtype),  # x carries the scale
             d_scale,
             (weight_sum / b).to(logit_bias.dtype) if wants_bias else None,
         )
@@ -91,17 +91,15 @@ class _Sigmoid(torch.autograd.Function):
 
 def _ring(x: Tensor, y: Tensor, bias: Tensor, dx: Tensor | None, wants_dy: bool, group: Group):
     """Loss sum and weight sum of this rank's rows, and dy, which follows y around the ring and home."""
-    loss = weight_sum = torch.zeros((), dtype=torch.float64, device=x.device)
-    carried = None
-    for step, (block,) in enumerate(ring_blocks([y], group)):
+    sums = torch.zeros(2, dtype=torch.float64, device=x.device)
+
+    def contribute(step: int, block: Tensor) -> list[Tensor]:
         dy = torch.zeros_like(block, dtype=bias.dtype) if wants_dy else None
-        block_loss, block_weight = add_sigmoid(x, block, bias, 0 if step == 0 else None, dx, dy)
-        loss, weight_sum = loss + block_loss, weight_sum + block_weight
-        if dy is not None:
-            if carried is not None:
-                dy += carried.wait()[0]
-            carried = Shift([dy], group)
-    return loss, weight_sum, carried.wait()[0] if carried is not None else None
+        sums.add_(add_sigmoid(x, block, bias, 0 if step == 0 else None, dx, dy))
+        return [] if dy is None else [dy]
+
+    home = around_ring([y], contribute, add_, group)
+    return *sums, home[0] if home else None
 
 
 def _gathered(x: Tensor, y: Tensor, bias: Tensor, dx: Tensor | None, wants_dy: bool, group: Group):
@@ -109,11 +107,9 @@ def _gathered(x: Tensor, y: Tensor, bias: Tensor, dx: Tensor | None, wants_dy: b
     b, world_size, rank = len(x), group_size(group), group_rank(group)
     gathered = GatheredRows(y, group)
     dy = y.new_zeros(world_size, *y.shape, dtype=bias.dtype) if wants_dy else None
-    loss = weight_sum = torch.zeros((), dtype=torch.float64, device=x.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=x.device)
     for owner in (rank, *range(rank), *range(rank + 1, world_size)):  # its own while the others' rows arrive
         block = y if owner == rank else gathered.wait()[owner * b : (owner + 1) * b]
-        block_loss, block_weight = add_sigmoid(
-            x, block, bias, 0 if owner == rank else None, dx, None if dy is None else dy[owner]
-        )
-        loss, weight_sum = loss + block_loss, weight_sum + block_weight
-    return loss, weight_sum, None if dy is None else ReduceScatter(dy, group).wait()
+        diagonal = 0 if owner == rank else None
+        sums.add_(add_sigmoid(x, block, bias, diagonal, dx, None if dy is None else dy[owner]))
+    return *sums, None if dy is None else ReduceScatter(dy, group).wait()

@@ -17,8 +17,6 @@ from clip_train.losses import triton_tiles
 # exp2 of anything above minus this, summed with a 1, is held by fp32 to rounding.
 _SAFE_SPREAD = 60.0
 
-Matrix = Float[Tensor, "rows dim"]
-
 
 @dataclass
 class LogSums:
@@ -54,7 +52,7 @@ def prepare(rows: Tensor, matmul_dtype: torch.dtype | None) -> Tensor:
     """Round features to the dtype of the matrix products.
 
     A processor without bf16 or fp16 instructions multiplies such matrices some 50 times slower than fp32 ones: there
-    the rounded numbers stay in fp32. The products are the same, as fp32 holds those of two such numbers exactly.
+    the rounded numbers stay in fp32, which holds the product of two of them exactly.
     """
     if matmul_dtype is None:
         return rows.contiguous()
@@ -68,7 +66,14 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
-def add_statistics(x: Matrix, y: Matrix, rows: LogSums, columns: LogSums) -> None:
+def scale_grad(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The gradient times a factor, in place if the dtype stays."""
+    return None if grad is None else grad.mul_(factor).to(dtype)
+
+
+def add_statistics(
+    x: Float[Tensor, "rows dim"], y: Float[Tensor, "columns dim"], rows: LogSums, columns: LogSums
+) -> None:
     """Merge the block's sums over y into `rows` (m) and those over x into `columns` (n)."""
     if triton_tiles.usable(x):
         for xs, ys in _tiles(x, y):
@@ -100,13 +105,13 @@ def _common_maximum(row_max: Tensor, column_max: Tensor) -> Tensor | None:
 
 
 def add_gradients(
-    x: Matrix,
-    y: Matrix,
+    x: Float[Tensor, "rows dim"],
+    y: Float[Tensor, "columns dim"],
     row_logs: Float[Tensor, " rows"],
     column_logs: Float[Tensor, " columns"],
     diagonal: int | None,
-    dx: Matrix | None,
-    dy: Matrix | None,
+    dx: Float[Tensor, "rows dim"] | None,
+    dy: Float[Tensor, "columns dim"] | None,
 ) -> None:
     """Add G y to `dx` and G^T x to `dy`, where G = 2^(S - row_logs) + 2^(S - column_logs) - 2 I.
 
@@ -128,31 +133,31 @@ def add_gradients(
 
 
 def add_sigmoid(
-    x: Matrix,
-    y: Matrix,
+    x: Float[Tensor, "rows dim"],
+    y: Float[Tensor, "columns dim"],
     bias: Float[Tensor, ""],
     diagonal: int | None,
-    dx: Matrix | None,
-    dy: Matrix | None,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    dx: Float[Tensor, "rows dim"] | None,
+    dy: Float[Tensor, "columns dim"] | None,
+) -> Float[Tensor, "2"]:
     """Sums over the block of log(1 + e^L) - I L and of G = sigmoid(L) - I, where L = x y^T + bias, in fp64.
 
     Adds G y to `dx` and G^T x to `dy` on the way: no sum over the batch has to be known first.
     """
-    loss, weight_sum = (torch.zeros((), dtype=torch.float64, device=x.device) for _ in range(2))
+    sums = torch.zeros(2, dtype=torch.float64, device=x.device)
     for xs, ys in _tiles(x, y):
         logits = _product(x[xs], y[ys].T).add_(bias)
-        loss += F.softplus(logits, threshold=40).sum()
+        sums[0] += F.softplus(logits, threshold=40).sum()
         if (on_diagonal := _diagonal(logits, xs, ys, diagonal)) is not None:
-            loss -= on_diagonal.sum()
+            sums[0] -= on_diagonal.sum()
         if dx is None and dy is None:
             continue
         weights = logits.sigmoid_()
         _subtract_on_diagonal(weights, xs, ys, diagonal, 1)
-        weight_sum += weights.sum()
+        sums[1] += weights.sum()
         weights = prepare(weights, x.dtype)
         _add_products(weights, x[xs], y[ys], None if dx is None else dx[xs], None if dy is None else dy[ys])
-    return loss, weight_sum
+    return sums
 
 
 def _tiles(x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice]]:
