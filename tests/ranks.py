@@ -1,7 +1,8 @@
-"""Runs a function on several real processes joined by gloo."""
+"""Real processes joined by gloo, for what must hold on several ranks."""
 
 import os
 import tempfile
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -10,17 +11,72 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
-    """`function(*args)` on each rank; the results in rank order. The function must be importable by name."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (function, world_size, folder, args), nprocs=world_size)  # pyright: ignore[reportPrivateImportUsage]
-        return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(world_size)]
+class RankPool:
+    """Processes that stay, so that many small cases need not wait for imports."""
+
+    def __init__(self, world_size: int) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        context = mp.get_context("spawn")  # pyright: ignore[reportPrivateImportUsage]
+        self._pipes, self._processes = [], []
+        for rank in range(world_size):
+            here, there = context.Pipe()
+            arguments = (rank, world_size, self._folder.name, there)
+            self._processes.append(context.Process(target=_serve, args=arguments, daemon=True))
+            self._processes[-1].start()
+            self._pipes.append(here)
+
+    def run(self, function: Callable[..., Any], *args: Any, ranks: int | None = None) -> list[Any]:
+        """`function(*args)` on each of the first ranks (all by default); the results in rank order.
+
+        The function must be importable by name. It finds the group of those ranks in `pool_group(ranks)`.
+
+        Raises:
+            RuntimeError: it failed on a rank; the text holds that rank's traceback.
+        """
+        pipes = self._pipes[:ranks]
+        for pipe in pipes:
+            pipe.send((function, args))
+        answers = [pipe.recv() for pipe in pipes]
+        for failed, answer in answers:
+            if failed:
+                raise RuntimeError(answer)
+        return [answer for _, answer in answers]
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(30)
+        self._folder.cleanup()
 
 
-def _rank(rank: int, function: Callable[..., Any], world_size: int, folder: str, args: tuple) -> None:
+_groups: dict[int, dist.ProcessGroup] = {}
+
+
+def pool_group(ranks: int) -> dist.ProcessGroup | None:
+    """In a process of a RankPool: the group of the first ranks. Elsewhere None."""
+    return _groups.get(ranks)
+
+
+def _serve(rank: int, world_size: int, folder: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    torch.save(function(*args), f"{folder}/{rank}.pt")
-    dist.barrier()
+    for size in range(1, world_size + 1):
+        _groups[size] = dist.new_group(list(range(size)))  # pyright: ignore[reportArgumentType]
+    while (job := pipe.recv()) is not None:
+        function, args = job
+        try:
+            pipe.send((False, function(*args)))
+        except Exception:
+            pipe.send((True, traceback.format_exc()))
     dist.destroy_process_group()
+
+
+def run_on_ranks(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """`function(*args)` on each of some fresh ranks, which are all the world there is; results in rank order."""
+    pool = RankPool(world_size)
+    try:
+        return pool.run(function, *args)
+    finally:
+        pool.close()
