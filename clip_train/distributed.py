@@ -1,5 +1,7 @@
 """The process group, for code that must also run without one."""
 
+from weakref import WeakKeyDictionary
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,6 +17,33 @@ def group_size(group: dist.ProcessGroup | None = None) -> int:
 def group_rank(group: dist.ProcessGroup | None = None) -> int:
     """This rank in the group; 0 where there is no process group."""
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+_host_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
+
+
+def host_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
+    """A gloo group of the same ranks, for what the host must know without waiting for the accelerator.
+
+    All its ranks must call this, as the first call makes the group.
+    """
+    group = group or dist.group.WORLD
+    assert group is not None
+    if dist.get_backend(group) == "gloo":
+        return group
+    if group not in _host_groups:
+        ranks = dist.get_process_group_ranks(group)
+        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        _host_groups[group] = made  # pyright: ignore[reportArgumentType]  only a non-member gets a number
+    return _host_groups[group]
+
+
+def max_on_hosts(value: int) -> int:
+    """The greatest of all ranks' numbers, on every rank."""
+    greatest = torch.tensor(value)
+    if group_size() > 1:
+        dist.all_reduce(greatest, dist.ReduceOp.MAX, group=host_group())
+    return int(greatest)
 
 
 def gather_ragged(local: Tensor, sizes: list[int]) -> Tensor:

@@ -13,5 +13,9 @@ class DataError(ClipTrainError):
     """Shards or samples that cannot be used."""
 
 
+class OutOfMemoryError(ClipTrainError):
+    """A step does not fit into the memory of a device."""
+
+
 class RunExistsError(ClipTrainError):
     """The run folder already holds a run and resuming was not asked for."""

@@ -1,13 +1,12 @@
 """What passes between the ranks of a loss: one side's features, the gradients back to it, and a few sums."""
 
 from collections.abc import Callable, Iterator, Sequence
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clip_train.distributed import group_rank, group_size
+from clip_train.distributed import group_rank, group_size, host_group
 from clip_train.errors import ClipTrainError
 
 EXCHANGES = ("gather", "ring")
@@ -26,7 +25,7 @@ def check_features(image: Tensor, text: Tensor, group: dist.ProcessGroup | None)
     shapes = list(image.shape) if are_pairs else [0, 0]  # told to the others before raising, as they would wait
     extremes = torch.tensor([*shapes, *(-size for size in shapes)])
     if group_size(group) > 1:
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=_host_group(group))
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=host_group(group))
     if not are_pairs:
         raise UnequalBatchesError(
             f"image features {tuple(image.shape)} and text features {tuple(text.shape)} are no pairs:"
@@ -38,22 +37,6 @@ def check_features(image: Tensor, text: Tensor, group: dist.ProcessGroup | None)
             f"the ranks have between {tuple(least)} and {tuple(most)} features, this one {tuple(shapes)}:"
             " give every rank equally many pairs"
         )
-
-
-_host_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
-
-
-def _host_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """A gloo group of the same ranks."""
-    group = group or dist.group.WORLD
-    assert group is not None
-    if group not in _host_groups:
-        if dist.get_backend(group) == "gloo":
-            return group
-        ranks = dist.get_process_group_ranks(group)
-        host_group = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-        _host_groups[group] = host_group  # pyright: ignore[reportArgumentType]  only a non-member gets a number
-    return _host_groups[group]
 
 
 def mean_over_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:

@@ -24,11 +24,13 @@ class DualEncoder(nn.Module):
 
     Attributes:
         logit_scale: log of the inverse temperature. It stays in fp32 whatever the model is converted to: in bf16 its
-            step near ln 100 is 0.03.
+            step near ln 100 is 0.03. So does the bias.
+        logit_bias: what the sigmoid loss adds to the logits; None where the loss has no bias.
     """
 
     image_mean: Tensor
     image_std: Tensor
+    logit_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -36,11 +38,15 @@ class DualEncoder(nn.Module):
         text: TextTower,
         image_mean: Sequence[float] = OPENAI_MEAN,
         image_std: Sequence[float] = OPENAI_STD,
+        init_logit_scale: float = INITIAL_LOGIT_SCALE,
+        init_logit_bias: float | None = None,
     ) -> None:
         super().__init__()
         self.vision = vision
         self.text = text
-        self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
+        self.logit_scale = nn.Parameter(torch.tensor(float(init_logit_scale)))
+        bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(float(init_logit_bias)))
+        self.register_parameter("logit_bias", bias)
         self.register_buffer("image_mean", 255 * torch.tensor(image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", 255 * torch.tensor(image_std).view(3, 1, 1), persistent=False)
 
@@ -62,16 +68,26 @@ class DualEncoder(nn.Module):
         """Embeddings of images and texts."""
         return self.encode_image(pixels), self.encode_text(ids)
 
+    def logit_parameters(self) -> dict[str, Float[Tensor, ""]]:
+        """What the losses take besides features: the inverse temperature, and the bias if there is one."""
+        parameters = {"logit_scale": self.logit_scale.exp()}
+        if self.logit_bias is not None:
+            parameters["logit_bias"] = self.logit_bias
+        return parameters
+
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Keep the scale between 1 and 100; to be called after each optimizer step."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def _apply(self, fn, recurse: bool = True):
-        scale = self.logit_scale.detach().clone()
+        kept = [
+            (scalar, scalar.detach().clone()) for scalar in (self.logit_scale, self.logit_bias) if scalar is not None
+        ]
         super()._apply(fn, recurse)
-        if not scale.is_meta:
-            self.logit_scale.data = scale.to(self.logit_scale.device)
+        for scalar, value in kept:
+            if not value.is_meta:
+                scalar.data = value.to(scalar.device)
         return self
 
 
@@ -85,6 +101,8 @@ def create_dual_encoder(
     grad_checkpointing: bool = False,
     image_mean: Sequence[float] = OPENAI_MEAN,
     image_std: Sequence[float] = OPENAI_STD,
+    init_logit_scale: float = INITIAL_LOGIT_SCALE,
+    init_logit_bias: float | None = None,
 ) -> DualEncoder:
     """Build a model from the `model` group of the configs.
 
@@ -96,6 +114,8 @@ def create_dual_encoder(
         quick_gelu: activation of both towers; OpenAI's weights need it.
         grad_checkpointing: recompute both towers' blocks in backward.
         image_mean, image_std: normalisation of the pixels, for values in [0, 1].
+        init_logit_scale: where the log of the inverse temperature starts.
+        init_logit_bias: where the bias of the sigmoid loss starts; None for no bias.
 
     Raises:
         ConfigError: the vision model is unknown or refuses its options.
@@ -105,6 +125,8 @@ def create_dual_encoder(
         TextTower(**text, embed_dim=embed_dim, quick_gelu=quick_gelu),
         image_mean,
         image_std,
+        init_logit_scale,
+        init_logit_bias,
     )
     if grad_checkpointing:
         model.vision.enable_grad_checkpointing()

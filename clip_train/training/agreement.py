@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from clip_train.data.batches import Batch
-from clip_train.distributed import gather_strings, group_size
+from clip_train.distributed import gather_strings, group_size, host_group
 from clip_train.errors import DataError
 from clip_train.training.metrics import TrainMetrics
 from clip_train.training.module import ClipModule
@@ -43,7 +43,7 @@ class RankAgreement(Callback):
 
     def setup(self, trainer, pl_module, stage) -> None:
         if group_size() > 1:
-            self._group = dist.new_group(backend="gloo")
+            self._group = host_group()
 
     def on_train_start(self, trainer, pl_module) -> None:
         for number in _STOP_SIGNALS:  # after Lightning's own, whose handler broadcasts while a step may be running

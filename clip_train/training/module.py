@@ -1,19 +1,25 @@
 """The LightningModule: one step of contrastive training, and the clock of the run."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import cast
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from clip_train.data.batches import Batch
 from clip_train.data.keyed_random import MODEL_NOISE, keyed_bits
 from clip_train.models import DualEncoder
+from clip_train.training.cached_gradients import cached_backward, refuse_batch_norm
 from clip_train.training.durations import Clock
+from clip_train.training.memory import explained_out_of_memory
 from clip_train.training.optimizer import build_adamw
 from clip_train.training.schedule import warmup_cosine
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]
 
 
 class ClipModule(L.LightningModule):
@@ -21,33 +27,100 @@ class ClipModule(L.LightningModule):
 
     Args:
         model: the towers.
-        loss: of this rank's image and text features and the inverse temperature; the mean over the global batch.
+        loss: of this rank's image and text features and the model's `logit_parameters`; the mean over the global batch.
         optim: the `optim` group of the configs.
         clock: batch size and length of the run.
         seed: of the noise inside the model, if it has any.
+        micro_batch_size: pairs per rank that go through the towers at once; None for all.
 
     Attributes:
         samples_seen: pairs consumed by finished steps; all that decides what comes next.
         step_metrics: scalars of the last step, on the device.
     """
 
-    def __init__(self, model: DualEncoder, loss: Loss, optim: Mapping, clock: Clock, seed: int) -> None:
+    def __init__(
+        self,
+        model: DualEncoder,
+        loss: Loss,
+        optim: Mapping,
+        clock: Clock,
+        seed: int,
+        micro_batch_size: int | None = None,
+    ) -> None:
         super().__init__()
+        self.automatic_optimization = False  # a step may have several backward passes
+        if micro_batch_size is not None:
+            refuse_batch_norm(model)
         self.model = model
         self.loss = loss
         self.optim = optim
         self.clock = clock
         self.seed = seed
+        self.micro_batch_size = micro_batch_size
         self.samples_seen = 0
         self.warmup_samples = clock.samples(optim["warmup"], "optim.warmup")
         self.step_metrics: dict[str, Tensor | float] = {}
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        image, text = self.model(batch["image"], batch["text"])
-        logit_scale = self.model.logit_scale.exp()
-        loss = self.loss(image, text, logit_scale)
-        self.step_metrics = {"train/loss": loss.detach(), "train/logit_scale": logit_scale.detach()}
-        return loss
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        with explained_out_of_memory(self.micro_batch_size, len(batch["image"])):
+            loss = self._backward(batch)
+            self.step_metrics = {"train/loss": loss, "train/logit_scale": self.model.logit_scale.detach().exp()}
+            optimizer = cast(LightningOptimizer, self.optimizers())
+            optimizer.step()  # clips first: `on_before_optimizer_step`
+        optimizer.zero_grad()
+        self.model.clamp_logit_scale()
+        self.step_metrics["train/lr"] = optimizer.param_groups[0]["lr"]
+        self.samples_seen += self.clock.batch_size
+        if self.samples_seen >= self.clock.total_samples:
+            self.trainer.should_stop = True
+
+    def _backward(self, batch: Batch) -> Tensor:
+        """Gradients of the loss, averaged over ranks; returns the loss."""
+        inputs = (batch["image"], batch["text"])
+        if self.micro_batch_size is None or self.micro_batch_size >= len(batch["image"]):
+            loss = self.loss(*self.model(*inputs), **self.model.logit_parameters())
+            self._synchronised_backward(loss, last=True)
+            return loss.detach()
+        return cached_backward(
+            self.model,
+            self.loss,
+            self.model.logit_parameters(),
+            inputs,
+            micro_batch_size=self.micro_batch_size,
+            backward=self._synchronised_backward,
+        )
+
+    def _synchronised_backward(self, loss: Tensor, last: bool) -> None:
+        """Backward; only the last of a step exchanges gradients."""
+        strategy = self.trainer.strategy
+        local = nullcontext() if last or not isinstance(strategy, DDPStrategy) else strategy.block_backward_sync()
+        # Lightning's step is under autocast, which is for forward only.
+        with local, torch.autocast(self.device.type, enabled=False):
+            self.manual_backward(loss)
+
+    def try_step(self, batch: Batch, pairs: int) -> None:
+        """Hold the most memory that a step with micro-batches of so many pairs will hold; leave nothing behind.
+
+        Raises:
+            RuntimeError: memory ran out.
+        """
+        images = batch["image"].to(self.device)
+        texts = batch["text"][:pairs].to(self.device)
+        optimizer = cast(LightningOptimizer, self.optimizers())
+        moments = 0 if optimizer.state else 2
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        try:
+            # What AdamW will hold, and the loss: features, their gradients, copies, the gathered texts and theirs.
+            held = [torch.ones_like(parameter) for _ in range(moments) for parameter in parameters]
+            rows = 6 * len(images) + 2 * self.clock.batch_size
+            held.append(torch.ones(rows, self.model.vision.projection.out_features, device=self.device))
+            with self.trainer.precision_plugin.train_step_context():
+                features = self.model(images[:pairs], texts)
+            torch.stack([side.sum() for side in features]).sum().backward()
+        finally:
+            held = features = None
+            for parameter in parameters:
+                parameter.grad = None
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         settings = {name: self.optim[name] for name in ("lr", "weight_decay", "betas", "eps")}
@@ -70,17 +143,9 @@ class ClipModule(L.LightningModule):
             for group in optimizer.param_groups:
                 group["lr"] = self.optim["lr"] * factor
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         limit = self.optim["grad_clip"] or float("inf")
         self.step_metrics["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-
-    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.model.clamp_logit_scale()
-        self.step_metrics["train/lr"] = optimizer.param_groups[0]["lr"]
-        self.samples_seen += self.clock.batch_size
-        if self.samples_seen >= self.clock.total_samples:
-            self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["samples_seen"] = self.samples_seen

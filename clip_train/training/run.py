@@ -2,6 +2,8 @@
 
 import logging
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,15 +13,19 @@ from hydra.utils import instantiate
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from torch import Tensor
 
-from clip_train.models import create_dual_encoder
+from clip_train.data.tokenizer import VOCAB_SIZE
+from clip_train.models import DualEncoder, create_dual_encoder
 from clip_train.training.agreement import RankAgreement
+from clip_train.training.cached_gradients import refuse_batch_norm
 from clip_train.training.checkpoints import AtomicCheckpointIO, Checkpointing, read_samples_seen
 from clip_train.training.config_check import check_config
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.durations import RUN_LENGTH_KEYS, Clock
 from clip_train.training.launch import World, find_world
 from clip_train.training.metrics import TrainMetrics
+from clip_train.training.micro_batch import MicroBatchSearch
 from clip_train.training.module import ClipModule
 from clip_train.training.progress import ProgressDisplay
 from clip_train.training.run_folder import RunFolder, default_run_name
@@ -57,7 +63,8 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
     data = _open_data(cfg, world)
     clock = Clock.of_run(cfg.batch_size, data.num_samples, **{key: cfg[key] for key in RUN_LENGTH_KEYS})
     model = create_dual_encoder(**_plain(cfg.model))
-    module = ClipModule(model, instantiate(cfg.loss), _plain(cfg.optim), clock, cfg.seed)
+    micro_batch_size = None if cfg.micro_batch_size == "auto" else cfg.micro_batch_size
+    module = ClipModule(model, _loss(cfg), _plain(cfg.optim), clock, cfg.seed, micro_batch_size)
     checkpoint = folder.checkpoint_to_resume(str(cfg.resume))
     if checkpoint and read_samples_seen(checkpoint, model) >= clock.total_samples and folder.summary.exists():
         log.info("%s is complete", folder.path)
@@ -77,6 +84,8 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
         announce=lambda: announce(console, cfg, folder, module, data, world),
     )
     callbacks = [start, agreement, metrics, checkpointing, ProgressDisplay(metrics, console), validation]
+    if cfg.micro_batch_size == "auto":
+        callbacks.append(_micro_batch_search(cfg, model, world))
     trainer = _trainer(cfg, world, folder, callbacks)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
 
@@ -104,6 +113,18 @@ def _open_data(cfg: DictConfig, world: World) -> ClipDataModule:
         seed=cfg.seed,
         world=world,
     )
+
+
+def _loss(cfg: DictConfig) -> Callable[..., Tensor]:
+    """The loss group's function, with the name of a dtype turned into the dtype."""
+    name = OmegaConf.select(cfg, "loss.matmul_dtype")
+    return instantiate(cfg.loss) if name is None else partial(instantiate(cfg.loss), matmul_dtype=getattr(torch, name))
+
+
+def _micro_batch_search(cfg: DictConfig, model: DualEncoder, world: World) -> MicroBatchSearch:
+    refuse_batch_norm(model)
+    local_batch = cfg.batch_size // world.size
+    return MicroBatchSearch(local_batch, cfg.model.image_size, cfg.model.text.context_length, VOCAB_SIZE, world.devices)
 
 
 def _cadence(duration: str | int | None, setting: str, clock: Clock) -> int | None:

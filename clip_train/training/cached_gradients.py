@@ -1,0 +1,85 @@
+"""The gradient of a large batch in the memory of a small one (Gao et al., 2021, arXiv:2101.06983).
+
+The towers encode every micro-batch without keeping activations; the loss is taken once, on all features; then each
+micro-batch is encoded again, with the same random numbers, and backward goes on from its features' gradients.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from clip_train.errors import ConfigError
+
+Encode = Callable[..., tuple[Tensor, Tensor]]
+
+
+def cached_backward(
+    encode: Encode,
+    loss: Callable[..., Tensor],
+    logit_parameters: Mapping[str, Tensor],
+    inputs: tuple[Tensor, ...],
+    *,
+    micro_batch_size: int,
+    backward: Callable[[Tensor, bool], None],
+) -> Float[Tensor, ""]:
+    """Backward of `loss(*encode(*inputs), **logit_parameters)`, with activations of one micro-batch at a time.
+
+    The gradients are those of the loss itself, to rounding; with dropout, those of the masks drawn by micro-batch.
+    Costs one tower forward more than the plain step.
+
+    Args:
+        encode: inputs to image and text features (b, D).
+        loss: of image features, text features and the `logit_parameters` by name; called once.
+        logit_parameters: what the loss needs besides features, such as the temperature.
+        inputs: tensors with this rank's pairs along the first axis.
+        micro_batch_size: pairs at a time; the last micro-batch may be smaller.
+        backward: called with a scalar for each micro-batch, and whether it is the last one: until then gradients
+            accumulate, and only the last call may synchronise them over ranks.
+
+    Returns:
+        The loss, detached.
+    """
+    parts = [slice(start, start + micro_batch_size) for start in range(0, len(inputs[0]), micro_batch_size)]
+    device = inputs[0].device
+    noise, features = [], []
+    with torch.no_grad():
+        for part in parts:
+            noise.append(_random_state(device))
+            features.append(encode(*(tensor[part] for tensor in inputs)))
+    leaves = [torch.cat(side).requires_grad_() for side in zip(*features, strict=True)]
+    del features
+    scalars = {name: tensor.detach().requires_grad_() for name, tensor in logit_parameters.items()}
+    value = loss(*leaves, **scalars)
+    grads = torch.autograd.grad(value, [*leaves, *scalars.values()])
+    for number, part in enumerate(parts):
+        last = number == len(parts) - 1
+        _set_random_state(noise[number], device)
+        again = encode(*(tensor[part] for tensor in inputs))
+        surrogate = torch.stack([(side * grad[part]).sum() for side, grad in zip(again, grads)]).sum()
+        if last:  # every parameter must take part in the one synchronised backward
+            pairs = zip(logit_parameters.values(), grads[len(leaves) :], strict=True)
+            surrogate = surrogate + sum(parameter * grad for parameter, grad in pairs)
+        backward(surrogate, last)
+    return value.detach()
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if state[1] is not None:
+        torch.cuda.set_rng_state(state[1], device)
+
+
+def refuse_batch_norm(model: nn.Module) -> None:
+    """Raises ConfigError if a tower normalises by the batch: its statistics would be those of the micro-batch."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ConfigError(
+                f"micro_batch_size: {name} is a batch norm, whose statistics would be those of a micro-batch:"
+                " leave micro_batch_size=null or choose a model with layer norm"
+            )

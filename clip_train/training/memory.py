@@ -1,0 +1,70 @@
+"""Running out of memory: known for what it is, said in one line, provoked on a CPU where Linux would rather kill."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from clip_train.errors import OutOfMemoryError
+
+
+@contextmanager
+def explained_out_of_memory(micro_batch_size: int | None, local_batch: int) -> Iterator[None]:
+    """Turn a failed allocation into an error that names the setting.
+
+    Raises:
+        OutOfMemoryError: with a value of `micro_batch_size` to try.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        at_once = min(micro_batch_size or local_batch, local_batch)
+        tried = "null" if micro_batch_size is None else micro_batch_size
+        remedy = f"try micro_batch_size={at_once // 2}, or auto" if at_once > 1 else "take a smaller model"
+        if micro_batch_size is not None:
+            remedy += "; model.grad_checkpointing=true saves more"
+        raise OutOfMemoryError(
+            f"out of memory with micro_batch_size={tried} ({at_once} pairs at once on a device): {remedy}"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: on an accelerator, or in the host's memory."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+@contextmanager
+def host_memory_limit(processes: int) -> Iterator[None]:
+    """Make allocations fail that exceed this process's share of the free memory; Linux grants them, and kills later.
+
+    Where there is no such limit to set, nothing is limited.
+    """
+    try:
+        import resource
+
+        used = _kilobytes("/proc/self/status", "VmData")
+        free = _kilobytes("/proc/meminfo", "MemAvailable")
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    except (ImportError, OSError, ValueError):
+        yield
+        return
+    limit = 1024 * (used + free // processes)
+    if soft != resource.RLIM_INFINITY:
+        limit = min(limit, soft)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _kilobytes(path: str, name: str) -> int:
+    for line in Path(path).read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1])
+    raise ValueError(f"{path} has no {name}")
