@@ -73,11 +73,11 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, logit_scale, group, exchange, matmul_dtype):
         ctx.group, ctx.matmul_dtype = group, matmul_dtype
-        x, y, scaled = _operands(image, text, logit_scale, matmul_dtype)
+        x, y = _operands(image, text, logit_scale, matmul_dtype)
         statistics = _gathered_statistics if exchange == "gather" else _ring_statistics
         row_logs, column_logs, ctx.gathered = statistics(x, y, group)
         own_logs = column_logs if ctx.gathered is None else column_logs[ctx.gathered.own]
-        matched = torch.linalg.vecdot(scaled, text.to(scaled.dtype))
+        matched = torch.linalg.vecdot(x.to(row_logs.dtype), y.to(row_logs.dtype))  # rounded like all others
         ctx.save_for_backward(image, text, logit_scale, row_logs, column_logs)
         return mean_over_ranks(_LN_2 * ((row_logs + own_logs) / 2 - matched).mean(), group)
 
@@ -87,8 +87,8 @@ class _Contrastive(torch.autograd.Function):
         image, text, logit_scale, row_logs, column_logs = ctx.saved_tensors
         wants_image, wants_text, wants_scale = ctx.needs_input_grad[:3]
         with torch.autocast(image.device.type, enabled=False):
-            x, y, scaled = _operands(image, text, logit_scale, ctx.matmul_dtype)
-            dx = torch.zeros_like(scaled) if wants_image or wants_scale else None
+            x, y = _operands(image, text, logit_scale, ctx.matmul_dtype)
+            dx = torch.zeros_like(x, dtype=row_logs.dtype) if wants_image or wants_scale else None
             if ctx.gathered is None:
                 dy = _ring_gradients(x, y, row_logs, column_logs, dx, wants_text, ctx.group)
             else:
@@ -104,11 +104,11 @@ class _Contrastive(torch.autograd.Function):
 
 def _operands(
     image: Tensor, text: Tensor, logit_scale: Tensor, matmul_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both sides of the products, the images scaled so that S comes in units of log 2, and those before rounding."""
+) -> tuple[Tensor, Tensor]:
+    """Both sides of the products, the images scaled so that S comes in units of log 2."""
     dtype = accumulation_dtype(image.dtype)
     scaled = image.to(dtype) * (logit_scale.to(dtype) / _LN_2)
-    return prepare(scaled, matmul_dtype), prepare(text.to(dtype), matmul_dtype), scaled
+    return prepare(scaled, matmul_dtype), prepare(text.to(dtype), matmul_dtype)
 
 
 def _gathered_statistics(x: Tensor, y: Tensor, group: Group) -> tuple[Tensor, Tensor, GatheredRows]:

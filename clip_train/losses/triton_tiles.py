@@ -1,10 +1,10 @@
 """The two passes over a tile of logits as Triton kernels that never write the logits down.
 
-`statistics` leaves only sums behind. `weights` writes G, once and in 16 bits, and cuBLAS multiplies it by both sides:
-gradients accumulated where G is made would need 128 x 512 fp32 numbers at D = 512, all registers of a multiprocessor,
-while a tile of G costs little more than a visit to the L2 cache.
+`statistics` leaves only sums behind. `weights` writes G, once and in 16 bits, and cuBLAS multiplies it by both sides.
+Gradients accumulated where G is made would need 128 x 512 fp32 numbers at D = 512: all registers of a multiprocessor.
+To write a tile of G and read it twice, much of it within the L2 cache, is little work beside those products.
 
-With TRITON_INTERPRET=1 in the environment when this is imported, the kernels run on the CPU, slowly, for tests.
+If TRITON_INTERPRET=1 is set when this is imported, the kernels run on the CPU, slowly, for tests.
 """
 
 import functools
@@ -35,10 +35,10 @@ else:
     constexpr = getattr(tl, "constexpr", None)
 
 _INTERPRETED = triton is not None and triton.knobs.runtime.interpret
-_LEAST_CAPABILITY = (8, 0)  # older ones end the process inside the compiler instead of raising
+_LEAST_CAPABILITY = (8, 0)  # for older ones Triton does not use the tensor cores
 _TUNING_TILE = (4096, 8192)  # a whole tile of tiles.py
 
-# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages. Those that need more shared memory than there is are passed over.
+# BLOCK_M, BLOCK_N, BLOCK_K, warps, stages; tuning passes over those that need more shared memory than there is.
 _CONFIGS = [
     (128, 256, 64, 8, 3),
     (128, 256, 64, 8, 4),
@@ -49,6 +49,8 @@ _CONFIGS = [
 ]
 if _INTERPRETED:
     _CONFIGS = [(16, 32, 16, 4, 1)]
+# Whether these are aligned makes no difference worth compiling again for; n's divisibility does, for G's rows.
+_VECTORS = ["row_max", "row_sum", "column_max", "column_sum", "row_logs", "column_logs"]
 _LEAST_BLOCK_M, _LEAST_BLOCK_N = min(config[0] for config in _CONFIGS), min(config[1] for config in _CONFIGS)
 
 
@@ -58,7 +60,7 @@ def usable(x: Tensor) -> bool:
     The first call for a device, dtype and width compiles and tunes the kernels; if that fails, a warning says why.
     """
     if _INTERPRETED:
-        return x.dtype in (torch.float32, torch.float16)  # it multiplies the bits of bf16 as if they were integers
+        return x.dtype in (torch.float32, torch.float16)  # the interpreter multiplies bf16's bits as integers
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16) and _works(x.device, x.dtype, x.shape[1])
 
 
@@ -67,8 +69,8 @@ def _works(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
     try:
         _tune(device, dtype, dim)
     except Exception as error:  # compilers and drivers raise anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        log.warning("The Triton kernels of the loss do not work on %s; slower PyTorch code is used. %s", device, reason)
+        reason = f"{type(error).__name__}: {error}"
+        log.warning("The loss's Triton kernels do not work on %s, so plain PyTorch takes over: %s", device, reason)
         return False
     return True
 
@@ -146,19 +148,18 @@ def _kernel(function: Callable[..., Any]) -> Any:
     if triton is None:
         return function
     configs = [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, num_warps=warps, num_stages=stages)
+        # Fused multiply-adds are Triton's default, but one that it says will change.
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "enable_fp_fusion": True}, warps, stages)
         for m, n, k, warps, stages in _CONFIGS
     ]
-    # n decides whether rows of the result are aligned; compiling again for other numbers would gain nothing.
-    return triton.autotune(configs, key=["DIM"])(triton.jit(function, do_not_specialize=["m", "offset"]))
+    jitted = triton.jit(function, do_not_specialize=["m", "offset"], do_not_specialize_on_alignment=_VECTORS)
+    # Results are kept on disk, so that a run computes the same after it is resumed.
+    return triton.autotune(configs, key=["DIM"], cache_results=True)(jitted)
 
 
 @_jit
 def _block(m, n, BLOCK_M: constexpr, BLOCK_N: constexpr):
-    """This program's rows (BLOCK_M) and columns (BLOCK_N). Blocks of eight rows by all columns go through the L2 cache.
-
-    Numbers past the last are among them.
-    """
+    """The place of this program's block. Eight rows of blocks go together: what they share stays in the L2 cache."""
     height, width = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     program = tl.program_id(0)
     first = program // (8 * width) * 8
@@ -169,7 +170,7 @@ def _block(m, n, BLOCK_M: constexpr, BLOCK_N: constexpr):
 
 @_jit
 def _logits(x, y, rows, columns, m, n, DIM: constexpr, BLOCK_M: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr):
-    """A block of S. Rows and columns past the last repeat it."""
+    """A block of S; past the edge, the last row or column over again."""
     x_rows = x + tl.minimum(rows, m - 1)[:, None] * DIM
     y_rows = y + tl.minimum(columns, n - 1)[None, :] * DIM
     logits = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -209,7 +210,7 @@ def _statistics_kernel(
     by_row, by_column = tl.max(logits, 1), tl.max(logits, 0)
     largest = tl.max(by_row, 0)
     smallest = tl.minimum(tl.min(by_row, 0), tl.min(by_column, 0))
-    # Exponentials are the bottleneck after the product. If fp32 holds 2^(largest - smallest), one serves both sums.
+    # After the product, exponentials are most of the work. If fp32 holds 2^(largest - smallest), one serves both sums.
     if largest - smallest < 60.0:
         terms = tl.where(inside, tl.exp2(logits - largest), 0.0)
         by_row_sum = tl.sum(terms, 1) * tl.exp2(largest - by_row)
@@ -247,7 +248,7 @@ def _weights_kernel(
     highest = tl.maximum(tl.max(by_row, 0), tl.max(by_column, 0))
     lowest = tl.minimum(tl.min(by_row, 0), tl.min(by_column, 0))
     middle = (highest + lowest) / 2
-    # One exponential per logit again: S <= lowest, so no factor is above 2^60 and no product above 1.
+    # One exponential per logit again. No logit is above its sums, so no factor is above 2^61 and no product above 2.
     if highest - lowest < 120.0:
         factors = tl.exp2(middle - by_row)[:, None] + tl.exp2(middle - by_column)[None, :]
         values = tl.exp2(logits - middle) * factors

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from open_clip.loss import SigLipLoss
 
 from clip_train.losses import sigmoid_loss
 from tests.losses.test_contrastive import pairs
