@@ -25,7 +25,15 @@ from clip_train.losses.exchange import (
     mean_over_ranks,
     sum_over_ranks_,
 )
-from clip_train.losses.tiles import LogSums, accumulation_dtype, add_gradients, add_statistics, prepare, scale_grad
+from clip_train.losses.tiles import (
+    LogSums,
+    Rows,
+    accumulation_dtype,
+    add_gradients,
+    add_statistics,
+    prepare,
+    scale_grad,
+)
 
 _LN_2 = math.log(2)
 # Gradients go home in this many parts, each while the next is computed; no part has fewer rows than a tile.
@@ -77,9 +85,8 @@ class _Contrastive(torch.autograd.Function):
         statistics = _gathered_statistics if exchange == "gather" else _ring_statistics
         row_logs, column_logs, ctx.gathered = statistics(x, y, group)
         own_logs = column_logs if ctx.gathered is None else column_logs[ctx.gathered.own]
-        matched = torch.linalg.vecdot(x.to(row_logs.dtype), y.to(row_logs.dtype))  # rounded like all others
         ctx.save_for_backward(image, text, logit_scale, row_logs, column_logs)
-        return mean_over_ranks(_LN_2 * ((row_logs + own_logs) / 2 - matched).mean(), group)
+        return mean_over_ranks(_LN_2 * ((row_logs + own_logs) / 2 - x.matched(y)).mean(), group)
 
     @staticmethod
     @once_differentiable
@@ -88,7 +95,7 @@ class _Contrastive(torch.autograd.Function):
         wants_image, wants_text, wants_scale = ctx.needs_input_grad[:3]
         with torch.autocast(image.device.type, enabled=False):
             x, y = _operands(image, text, logit_scale, ctx.matmul_dtype)
-            dx = torch.zeros_like(x, dtype=row_logs.dtype) if wants_image or wants_scale else None
+            dx = torch.zeros_like(image, dtype=row_logs.dtype) if wants_image or wants_scale else None
             if ctx.gathered is None:
                 dy = _ring_gradients(x, y, row_logs, column_logs, dx, wants_text, ctx.group)
             else:
@@ -96,7 +103,7 @@ class _Contrastive(torch.autograd.Function):
         unit = grad_loss / (2 * len(image))
         d_scale = None
         if wants_scale and dx is not None:
-            d_scale = unit * torch.linalg.vecdot(image.to(dx.dtype), dx).sum()
+            d_scale = unit * x.dot(dx)
         d_image = scale_grad(dx if wants_image else None, unit * logit_scale, image.dtype)
         d_text = scale_grad(dy, unit * _LN_2, text.dtype)  # x carries the scale and 1 / ln 2
         return d_image, d_text, d_scale, None, None, None
@@ -104,17 +111,16 @@ class _Contrastive(torch.autograd.Function):
 
 def _operands(
     image: Tensor, text: Tensor, logit_scale: Tensor, matmul_dtype: torch.dtype | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Rows, Tensor]:
     """Both sides of the products, the images scaled so that S comes in units of log 2."""
     dtype = accumulation_dtype(image.dtype)
-    scaled = image.to(dtype) * (logit_scale.to(dtype) / _LN_2)
-    return prepare(scaled, matmul_dtype), prepare(text.to(dtype), matmul_dtype)
+    return Rows(image, logit_scale.to(dtype) / _LN_2, matmul_dtype), prepare(text.to(dtype), matmul_dtype)
 
 
-def _gathered_statistics(x: Tensor, y: Tensor, group: Group) -> tuple[Tensor, Tensor, GatheredRows]:
+def _gathered_statistics(x: Rows, y: Tensor, group: Group) -> tuple[Tensor, Tensor, GatheredRows]:
     """Log-sums of this rank's rows (b) and of all columns (B)."""
     gathered = GatheredRows(y, group)
-    rows, columns = LogSums.empty(len(x), x), LogSums.empty(len(y) * group_size(group), x)
+    rows, columns = LogSums.empty(len(x), y), LogSums.empty(len(y) * group_size(group), y)
     add_statistics(x, y, rows, columns[gathered.own])  # while the others' rows arrive
     for part in gathered.others:
         add_statistics(x, gathered.wait()[part], rows, columns[part])
@@ -126,7 +132,7 @@ def _gathered_statistics(x: Tensor, y: Tensor, group: Group) -> tuple[Tensor, Te
 
 
 def _gathered_gradients(
-    x: Tensor, y: Tensor, row_logs: Tensor, column_logs: Tensor, dx: Tensor | None, wants_dy: bool, group: Group
+    x: Rows, y: Tensor, row_logs: Tensor, column_logs: Tensor, dx: Tensor | None, wants_dy: bool, group: Group
 ) -> Tensor | None:
     """Fill dx; returns this rank's dy. The columns are taken in parts, and a part goes home while the next is made."""
     b, world_size, rank = len(x), group_size(group), group_rank(group)
@@ -134,7 +140,7 @@ def _gathered_gradients(
     on_their_way = []
     for start in range(0, b, part_rows):
         size = min(part_rows, b - start)
-        dy = x.new_zeros(world_size, size, x.shape[1], dtype=row_logs.dtype) if wants_dy else None
+        dy = y.new_zeros(world_size, size, y.shape[1], dtype=row_logs.dtype) if wants_dy else None
         for owner in range(world_size):
             columns = slice(owner * b + start, owner * b + start + size)
             diagonal = -start if owner == rank else None
@@ -146,12 +152,12 @@ def _gathered_gradients(
     return torch.cat([part.wait() for part in on_their_way]) if wants_dy else None
 
 
-def _ring_statistics(x: Tensor, y: Tensor, group: Group) -> tuple[Tensor, Tensor, None]:
+def _ring_statistics(x: Rows, y: Tensor, group: Group) -> tuple[Tensor, Tensor, None]:
     """Log-sums of this rank's rows (b) and columns (b): a block's column sums follow it around the ring and home."""
-    rows = LogSums.empty(len(x), x)
+    rows = LogSums.empty(len(x), y)
 
     def contribute(step: int, block: Tensor) -> list[Tensor]:
-        columns = LogSums.empty(len(block), x)
+        columns = LogSums.empty(len(block), block)
         add_statistics(x, block, rows, columns)
         return [columns.maximum, columns.total]
 
@@ -160,7 +166,7 @@ def _ring_statistics(x: Tensor, y: Tensor, group: Group) -> tuple[Tensor, Tensor
 
 
 def _ring_gradients(
-    x: Tensor, y: Tensor, row_logs: Tensor, column_logs: Tensor, dx: Tensor | None, wants_dy: bool, group: Group
+    x: Rows, y: Tensor, row_logs: Tensor, column_logs: Tensor, dx: Tensor | None, wants_dy: bool, group: Group
 ) -> Tensor | None:
     """Fill dx; returns this rank's dy, which follows y around the ring and home."""
 

@@ -20,7 +20,7 @@ from clip_train.losses.exchange import (
     check_features,
     mean_over_ranks,
 )
-from clip_train.losses.tiles import accumulation_dtype, add_sigmoid, prepare, scale_grad
+from clip_train.losses.tiles import Rows, accumulation_dtype, add_sigmoid, prepare, scale_grad
 
 Group = dist.ProcessGroup | None
 
@@ -68,13 +68,13 @@ class _Sigmoid(torch.autograd.Function):
     def forward(ctx, image, text, logit_scale, logit_bias, group, exchange, matmul_dtype, wants):
         dtype = accumulation_dtype(image.dtype)
         scale, bias = logit_scale.to(dtype), logit_bias.to(dtype)
-        x, y = prepare(image.to(dtype) * scale, matmul_dtype), prepare(text.to(dtype), matmul_dtype)
+        x, y = Rows(image, scale, matmul_dtype), prepare(text.to(dtype), matmul_dtype)
         wants_image, wants_text, wants_scale, wants_bias = wants
-        dx = torch.zeros_like(x, dtype=dtype) if wants_image or wants_scale or wants_bias else None
+        dx = torch.zeros_like(image, dtype=dtype) if wants_image or wants_scale or wants_bias else None
         passes = _gathered if exchange == "gather" else _ring
         loss, weight_sum, dy = passes(x, y, bias, dx, wants_text, group)
         b = len(image)
-        d_scale = torch.linalg.vecdot(image.to(dtype), dx).sum() / b if wants_scale and dx is not None else None
+        d_scale = x.dot(dx) / b if wants_scale and dx is not None else None
         ctx.grads = (
             scale_grad(dx if wants_image else None, scale / b, image.dtype),
             scale_grad(dy, torch.ones_like(scale) / b, text.dtype),  # x carries the scale
@@ -89,9 +89,9 @@ class _Sigmoid(torch.autograd.Function):
         return *(None if grad is None else grad * grad_loss for grad in ctx.grads), None, None, None, None
 
 
-def _ring(x: Tensor, y: Tensor, bias: Tensor, dx: Tensor | None, wants_dy: bool, group: Group):
+def _ring(x: Rows, y: Tensor, bias: Tensor, dx: Tensor | None, wants_dy: bool, group: Group):
     """Loss sum and weight sum of this rank's rows, and dy, which follows y around the ring and home."""
-    sums = torch.zeros(2, dtype=torch.float64, device=x.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=y.device)
 
     def contribute(step: int, block: Tensor) -> list[Tensor]:
         dy = torch.zeros_like(block, dtype=bias.dtype) if wants_dy else None
@@ -102,12 +102,12 @@ def _ring(x: Tensor, y: Tensor, bias: Tensor, dx: Tensor | None, wants_dy: bool,
     return *sums, home[0] if home else None
 
 
-def _gathered(x: Tensor, y: Tensor, bias: Tensor, dx: Tensor | None, wants_dy: bool, group: Group):
+def _gathered(x: Rows, y: Tensor, bias: Tensor, dx: Tensor | None, wants_dy: bool, group: Group):
     """Loss sum and weight sum of this rank's rows, and dy, added up over the ranks at the end."""
     b, world_size, rank = len(x), group_size(group), group_rank(group)
     gathered = GatheredRows(y, group)
     dy = y.new_zeros(world_size, *y.shape, dtype=bias.dtype) if wants_dy else None
-    sums = torch.zeros(2, dtype=torch.float64, device=x.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=y.device)
     for owner in (rank, *range(rank), *range(rank + 1, world_size)):  # its own while the others' rows arrive
         block = y if owner == rank else gathered.wait()[owner * b : (owner + 1) * b]
         diagonal = 0 if owner == rank else None

@@ -1,7 +1,7 @@
 """Blocks of the logits, a tile at a time: the only place where logits exist.
 
-A block is S = x y^T in units of log 2, for local rows x (m, D) that already carry the scale and other rows y (n, D).
-Tiles are small enough for the processor's cache, or on a GPU large enough to fill it; nothing m x n is ever held.
+A block is S = x y^T for local rows x (m, D), which carry the scale, and other rows y (n, D). Tiles are small enough for
+the processor's cache, or on a GPU large enough to fill it; nothing m x n is ever held.
 """
 
 from collections.abc import Iterator
@@ -66,31 +66,64 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
     return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Local rows (m, D) times a factor, scaled and rounded a tile at a time, so that no copy of all of them is held."""
+
+    features: Tensor
+    factor: Tensor
+    matmul_dtype: torch.dtype | None
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+    def tile(self, part: slice) -> Tensor:
+        rows = self.features[part]
+        return prepare(rows.to(accumulation_dtype(rows.dtype)) * self.factor, self.matmul_dtype)
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Where each tile's rows lie, and they."""
+        for part in _parts(len(self), tile_shape(self.features.device)[0]):
+            yield part, self.tile(part)
+
+    def matched(self, y: Tensor) -> Float[Tensor, " m"]:
+        """Each row's product with the same row of y, rounded like all products."""
+        dtype = accumulation_dtype(y.dtype)
+        parts = _parts(len(self), 4096)
+        return torch.cat([torch.linalg.vecdot(self.tile(part).to(dtype), y[part].to(dtype)) for part in parts])
+
+    def dot(self, other: Float[Tensor, "m dim"]) -> Float[Tensor, ""]:
+        """The sum of products of all numbers of the features, without the factor, and of `other`."""
+        parts = _parts(len(self), 4096)
+        sums = [torch.linalg.vecdot(self.features[part].to(other.dtype), other[part]).sum() for part in parts]
+        return torch.stack(sums).sum()
+
+
 def scale_grad(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The gradient times a factor, in place if the dtype stays."""
     return None if grad is None else grad.mul_(factor).to(dtype)
 
 
-def add_statistics(
-    x: Float[Tensor, "rows dim"], y: Float[Tensor, "columns dim"], rows: LogSums, columns: LogSums
-) -> None:
+def add_statistics(x: Rows, y: Float[Tensor, "n dim"], rows: LogSums, columns: LogSums) -> None:
     """Merge the block's sums over y into `rows` (m) and those over x into `columns` (n)."""
-    if triton_tiles.usable(x):
-        for xs, ys in _tiles(x, y):
-            row_sums, column_sums = triton_tiles.statistics(x[xs], y[ys])
+    for xs, x_tile in x.tiles():
+        for ys in _columns(y):
+            row_sums, column_sums = _tile_statistics(x_tile, y[ys])
             rows[xs].merge_(*row_sums)
             columns[ys].merge_(*column_sums)
-        return
-    for xs, ys in _tiles(x, y):
-        tile = _product(x[xs], y[ys].T)
-        row_max, column_max = tile.amax(1), tile.amax(0)
-        if (largest := _common_maximum(row_max, column_max)) is not None:
-            tile.sub_(largest).exp2_()
-            rows[xs].merge_(largest, tile.sum(1))
-            columns[ys].merge_(largest, tile.sum(0))
-        else:
-            rows[xs].merge_(row_max, torch.exp2(tile - row_max[:, None]).sum(1))
-            columns[ys].merge_(column_max, tile.sub_(column_max).exp2_().sum(0))
+
+
+def _tile_statistics(x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Maximum and sum of 2^(S - maximum) of each row, and of each column."""
+    if triton_tiles.usable(x):
+        return triton_tiles.statistics(x, y)
+    tile = _product(x, y.T)
+    row_max, column_max = tile.amax(1), tile.amax(0)
+    if (largest := _common_maximum(row_max, column_max)) is not None:
+        tile.sub_(largest).exp2_()
+        return (largest, tile.sum(1)), (largest, tile.sum(0))
+    row_sum = torch.exp2(tile - row_max[:, None]).sum(1)
+    return (row_max, row_sum), (column_max, tile.sub_(column_max).exp2_().sum(0))
 
 
 def _common_maximum(row_max: Tensor, column_max: Tensor) -> Tensor | None:
@@ -105,13 +138,13 @@ def _common_maximum(row_max: Tensor, column_max: Tensor) -> Tensor | None:
 
 
 def add_gradients(
-    x: Float[Tensor, "rows dim"],
-    y: Float[Tensor, "columns dim"],
-    row_logs: Float[Tensor, " rows"],
-    column_logs: Float[Tensor, " columns"],
+    x: Rows,
+    y: Float[Tensor, "n dim"],
+    row_logs: Float[Tensor, " m"],
+    column_logs: Float[Tensor, " n"],
     diagonal: int | None,
-    dx: Float[Tensor, "rows dim"] | None,
-    dy: Float[Tensor, "columns dim"] | None,
+    dx: Float[Tensor, "m dim"] | None,
+    dy: Float[Tensor, "n dim"] | None,
 ) -> None:
     """Add G y to `dx` and G^T x to `dy`, where G = 2^(S - row_logs) + 2^(S - column_logs) - 2 I.
 
@@ -119,52 +152,70 @@ def add_gradients(
         diagonal: the column that belongs to row 0 of x, or None if no column of y belongs to any row.
         dx, dy: fp32 (fp64 for fp64); None where no gradient is wanted.
     """
-    for xs, ys in _tiles(x, y):
-        if triton_tiles.usable(x):
+    for xs, x_tile in x.tiles():
+        for ys in _columns(y):
             offset = None if diagonal is None else xs.start + diagonal - ys.start
-            weights = triton_tiles.weights(x[xs], y[ys], row_logs[xs], column_logs[ys], offset)
-        else:
-            weights = _product(x[xs], y[ys].T)
-            by_row = torch.exp2(weights - row_logs[xs, None])
-            weights.sub_(column_logs[ys]).exp2_().add_(by_row)
-            _subtract_on_diagonal(weights, xs, ys, diagonal, 2)
-            weights = prepare(weights, x.dtype)
-        _add_products(weights, x[xs], y[ys], None if dx is None else dx[xs], None if dy is None else dy[ys])
+            weights = _tile_weights(x_tile, y[ys], row_logs[xs], column_logs[ys], offset)
+            _add_products(weights, x_tile, y[ys], _rows_of(dx, xs), _rows_of(dy, ys))
+
+
+def _tile_weights(x: Tensor, y: Tensor, row_logs: Tensor, column_logs: Tensor, offset: int | None) -> Tensor:
+    if triton_tiles.usable(x):
+        return triton_tiles.weights(x, y, row_logs, column_logs, offset)
+    weights = _product(x, y.T)
+    by_row = torch.exp2(weights - row_logs[:, None])
+    weights.sub_(column_logs).exp2_().add_(by_row)
+    if (on_diagonal := _diagonal(weights, offset)) is not None:
+        on_diagonal.sub_(2)
+    return weights.to(x.dtype)
 
 
 def add_sigmoid(
-    x: Float[Tensor, "rows dim"],
-    y: Float[Tensor, "columns dim"],
+    x: Rows,
+    y: Float[Tensor, "n dim"],
     bias: Float[Tensor, ""],
     diagonal: int | None,
-    dx: Float[Tensor, "rows dim"] | None,
-    dy: Float[Tensor, "columns dim"] | None,
+    dx: Float[Tensor, "m dim"] | None,
+    dy: Float[Tensor, "n dim"] | None,
 ) -> Float[Tensor, "2"]:
-    """Sums over the block of log(1 + e^L) - I L and of G = sigmoid(L) - I, where L = x y^T + bias, in fp64.
+    """Sums over the block of log(1 + e^L) - I L and of G = sigmoid(L) - I, where L = S + bias, in fp64.
 
     Adds G y to `dx` and G^T x to `dy` on the way: no sum over the batch has to be known first.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=x.device)
-    for xs, ys in _tiles(x, y):
-        logits = _product(x[xs], y[ys].T).add_(bias)
-        sums[0] += F.softplus(logits, threshold=40).sum()
-        if (on_diagonal := _diagonal(logits, xs, ys, diagonal)) is not None:
-            sums[0] -= on_diagonal.sum()
-        if dx is None and dy is None:
-            continue
-        weights = logits.sigmoid_()
-        _subtract_on_diagonal(weights, xs, ys, diagonal, 1)
-        sums[1] += weights.sum()
-        weights = prepare(weights, x.dtype)
-        _add_products(weights, x[xs], y[ys], None if dx is None else dx[xs], None if dy is None else dy[ys])
+    sums = torch.zeros(2, dtype=torch.float64, device=y.device)
+    for xs, x_tile in x.tiles():
+        for ys in _columns(y):
+            logits = _product(x_tile, y[ys].T).add_(bias)
+            offset = None if diagonal is None else xs.start + diagonal - ys.start
+            on_diagonal = _diagonal(logits, offset)  # a view: it follows what happens to the logits
+            sums[0] += F.softplus(logits, threshold=40).sum()
+            if on_diagonal is not None:
+                sums[0] -= on_diagonal.sum()
+            if dx is None and dy is None:
+                continue
+            weights = logits.sigmoid_()
+            if on_diagonal is not None:
+                on_diagonal.sub_(1)
+            sums[1] += weights.sum()
+            _add_products(weights.to(x_tile.dtype), x_tile, y[ys], _rows_of(dx, xs), _rows_of(dy, ys))
     return sums
 
 
-def _tiles(x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice]]:
-    height, width = (4096, 8192) if x.is_cuda else (512, 512)
-    for i in range(0, len(x), height):
-        for j in range(0, len(y), width):
-            yield slice(i, min(i + height, len(x))), slice(j, min(j + width, len(y)))
+def tile_shape(device: torch.device) -> tuple[int, int]:
+    """Rows and columns of a tile."""
+    return (512, 512) if device.type == "cpu" else (4096, 8192)
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _columns(y: Tensor) -> list[slice]:
+    return _parts(len(y), tile_shape(y.device)[1])
+
+
+def _rows_of(grad: Tensor | None, part: slice) -> Tensor | None:
+    return None if grad is None else grad[part]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -184,14 +235,8 @@ def _add_products(weights: Tensor, x: Tensor, y: Tensor, dx: Tensor | None, dy: 
             target.add_(_product(left, right))
 
 
-def _diagonal(tile: Tensor, xs: slice, ys: slice, diagonal: int | None) -> Tensor | None:
-    """The part of the tile where row and column are a pair, as a view."""
-    if diagonal is None:
+def _diagonal(tile: Tensor, offset: int | None) -> Tensor | None:
+    """The part of the tile where row and column are a pair, as a view; `offset` is the column of row 0."""
+    if offset is None or not -tile.shape[0] < offset < tile.shape[1]:
         return None
-    offset = xs.start + diagonal - ys.start
-    return tile.diagonal(offset) if -tile.shape[0] < offset < tile.shape[1] else None
-
-
-def _subtract_on_diagonal(tile: Tensor, xs: slice, ys: slice, diagonal: int | None, value: float) -> None:
-    if (on_diagonal := _diagonal(tile, xs, ys, diagonal)) is not None:
-        on_diagonal.sub_(value)
+    return tile.diagonal(offset)

@@ -58,7 +58,8 @@ def under_fsdp(loss: str, micro_batch_size: int) -> tuple[float, dict[str, Tenso
     """Likewise under FSDP2, and how many reduce-scatters each backward had that had any."""
     model = tiny_model(loss)
     shards: list[FSDPModule] = []
-    for module in (*model.vision.trunk.blocks, model.vision, *model.text.trunk.encoder.layers, model.text):
+    blocks = [*model.vision.trunk.get_submodule("blocks").children(), *model.text.trunk.encoder.layers.children()]
+    for module in (*blocks, model.vision, model.text):
         shards.append(fully_shard(module))  # the temperature stays outside: FSDP2 shards no scalars
     sent: list[int] = []
 

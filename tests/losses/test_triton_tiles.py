@@ -111,16 +111,10 @@ def loss_and_gradients(image: Tensor, text: Tensor, matmul_dtype: torch.dtype | 
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def small_tiles(x: Tensor, y: Tensor) -> Iterator[tuple[slice, slice]]:
-    for i in range(0, len(x), 40):
-        for j in range(0, len(y), 25):
-            yield slice(i, min(i + 40, len(x))), slice(j, min(j + 25, len(y)))
-
-
 def with_and_without_kernels(count: int, dim: int, matmul_dtype: torch.dtype | None) -> list[list[Tensor]]:
     image, text = pairs(count, dim)
     with (
-        mock.patch.object(tiles, "_tiles", small_tiles),
+        mock.patch.object(tiles, "tile_shape", return_value=(40, 25)),
         mock.patch.object(triton_tiles, "weights", wraps=triton_tiles.weights) as weights,
     ):
         by_kernels = loss_and_gradients(image, text, matmul_dtype)
