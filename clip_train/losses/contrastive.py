@@ -136,7 +136,12 @@ def _gathered_gradients(
 ) -> Tensor | None:
     """Fill dx; returns this rank's dy. The columns are taken in parts, and a part goes home while the next is made."""
     b, world_size, rank = len(x), group_size(group), group_rank(group)
-    part_rows = max(_LEAST_PART, -(-b // _PARTS)) if world_size > 1 else b
+    if world_size == 1:
+        dy = torch.zeros_like(y, dtype=row_logs.dtype) if wants_dy else None
+        add_gradients(x, y, row_logs, column_logs, 0, dx, dy)
+        return dy
+    home = y.new_empty(b, y.shape[1], dtype=row_logs.dtype) if wants_dy else None
+    part_rows = max(_LEAST_PART, -(-b // _PARTS))
     on_their_way = []
     for start in range(0, b, part_rows):
         size = min(part_rows, b - start)
@@ -144,12 +149,13 @@ def _gathered_gradients(
         for owner in range(world_size):
             columns = slice(owner * b + start, owner * b + start + size)
             diagonal = -start if owner == rank else None
-            add_gradients(
-                x, y[columns], row_logs, column_logs[columns], diagonal, dx, None if dy is None else dy[owner]
-            )
-        if dy is not None:
-            on_their_way.append(ReduceScatter(dy, group))
-    return torch.cat([part.wait() for part in on_their_way]) if wants_dy else None
+            dy_block = None if dy is None else dy[owner]
+            add_gradients(x, y[columns], row_logs, column_logs[columns], diagonal, dx, dy_block)
+        if dy is not None and home is not None:
+            on_their_way.append(ReduceScatter(dy, home[start : start + size], group))
+    for part in on_their_way:
+        part.wait()
+    return home
 
 
 def _ring_statistics(x: Rows, y: Tensor, group: Group) -> tuple[Tensor, Tensor, None]:

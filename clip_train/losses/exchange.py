@@ -88,20 +88,14 @@ class GatheredRows:
 
 
 class ReduceScatter:
-    """Sums of gradients (W, n, D), each rank's going home; under way from the moment this is made."""
+    """Sums of gradients (W, n, D) going home, each rank's (n, D) into its `home`, from the moment this is made."""
 
-    def __init__(self, grads: Tensor, group: dist.ProcessGroup | None) -> None:
-        self._home = grads[0]
-        self._work = None
-        if len(grads) > 1:
-            self._home = torch.empty_like(grads[0])
-            self._grads = grads  # kept alive until sent
-            self._work = dist.reduce_scatter_tensor(self._home, grads.flatten(0, 1), group=group, async_op=True)
+    def __init__(self, grads: Tensor, home: Tensor, group: dist.ProcessGroup | None) -> None:
+        self._grads = grads  # kept alive until sent
+        self._work = dist.reduce_scatter_tensor(home, grads.flatten(0, 1), group=group, async_op=True)
 
-    def wait(self) -> Tensor:
-        if self._work is not None:
-            self._work.wait()
-        return self._home
+    def wait(self) -> None:
+        self._work.wait()
 
 
 class Shift:

@@ -112,4 +112,8 @@ def _gathered(x: Rows, y: Tensor, bias: Tensor, dx: Tensor | None, wants_dy: boo
         block = y if owner == rank else gathered.wait()[owner * b : (owner + 1) * b]
         diagonal = 0 if owner == rank else None
         sums.add_(add_sigmoid(x, block, bias, diagonal, dx, None if dy is None else dy[owner]))
-    return *sums, None if dy is None else ReduceScatter(dy, group).wait()
+    if dy is None or world_size == 1:
+        return *sums, None if dy is None else dy[0]
+    home = torch.empty_like(dy[0])
+    ReduceScatter(dy, home, group).wait()
+    return *sums, home

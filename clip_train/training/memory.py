@@ -9,6 +9,10 @@ import torch
 from clip_train.errors import OutOfMemoryError
 
 
+# PyTorch's allocator for CPUs, and oneDNN, which gives no reason: as a rule it is this one.
+_ALLOCATION_FAILED = ("DefaultCPUAllocator", "could not execute a primitive", "could not create a primitive")
+
+
 @contextmanager
 def explained_out_of_memory(micro_batch_size: int | None, local_batch: int) -> Iterator[None]:
     """Turn a failed allocation into an error that names the setting.
@@ -35,7 +39,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed: on an accelerator, or in the host's memory."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATION_FAILED)
 
 
 @contextmanager

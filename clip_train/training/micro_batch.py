@@ -1,19 +1,25 @@
 """micro_batch_size=auto: the most pairs that fit through the towers at once, found by trying, once, before step 0."""
 
+import gc
 import logging
 from collections.abc import Callable
+from typing import cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
 
-from clip_train.data.batches import Batch
 from clip_train.distributed import max_on_hosts
 from clip_train.errors import OutOfMemoryError
+from clip_train.training.cached_gradients import cached_backward
 from clip_train.training.memory import host_memory_limit, is_out_of_memory
 from clip_train.training.module import ClipModule
 
 log = logging.getLogger(__name__)
+
+_MARGIN = 1 << 26  # bytes left free: for the next batch, and because no two steps fragment memory alike
 
 
 class MicroBatchSearch(Callback):
@@ -31,21 +37,46 @@ class MicroBatchSearch(Callback):
         self.context_length, self.vocab_size = context_length, vocab_size
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
-        batch = Batch(
-            image=torch.zeros(self.local_batch, 3, self.image_size, self.image_size, dtype=torch.uint8),
-            text=torch.full((self.local_batch, self.context_length), self.vocab_size - 1),
-            bad=[],
-            error="",
-        )
+        images = torch.zeros(self.local_batch, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        texts = torch.full((self.local_batch, self.context_length), self.vocab_size - 1)
 
         def try_step(pairs: int) -> None:
             with host_memory_limit(self.processes):
-                pl_module.try_step(batch, pairs)
+                _hold_what_a_step_holds(pl_module, images.to(pl_module.device), texts.to(pl_module.device), pairs)
 
         size = find_micro_batch_size(try_step, self.local_batch, max_on_hosts)
         count = -(-self.local_batch // size)
         pl_module.micro_batch_size = size if count > 1 else None
         log.info("micro_batch_size=auto: %d, so %d micro-batch(es) per step on each device", size, count)
+
+
+def _hold_what_a_step_holds(module: ClipModule, images: Tensor, texts: Tensor, pairs: int) -> None:
+    """Two micro-batches forward and backward, beside what the optimizer and the loss will hold; leaves nothing behind.
+
+    Raises:
+        RuntimeError: memory ran out.
+    """
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    optimizer = cast(LightningOptimizer, module.optimizers())
+    moments = 0 if optimizer.state else 2
+    held = [torch.ones_like(parameter) for _ in range(moments) for parameter in parameters]
+    # The loss: both features, their gradients and those of the gathered texts, with these.
+    rows = 4 * len(images) + 2 * module.clock.batch_size
+    held.append(torch.ones(rows, module.model.vision.projection.out_features, device=module.device))
+    held.append(torch.ones(_MARGIN // 4, device=module.device))
+    try:
+        with module.trainer.precision_plugin.train_step_context():
+            cached_backward(
+                module.model,
+                lambda image, text: image.sum() + text.sum(),
+                {},
+                (images[: 2 * pairs], texts[: 2 * pairs]),
+                micro_batch_size=pairs,
+                backward=lambda scalar, last: scalar.backward(),
+            )
+    finally:
+        for parameter in parameters:
+            parameter.grad = None
 
 
 def find_micro_batch_size(try_step: Callable[[int], None], local_batch: int, most: Callable[[int], int]) -> int:
@@ -68,15 +99,20 @@ def find_micro_batch_size(try_step: Callable[[int], None], local_batch: int, mos
             if not is_out_of_memory(error):
                 raise
             failed = 1
-        if failed and torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        if failed:
+            gc.collect()  # the graph of the failed pass
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         return not most(failed)
 
-    too_few, enough = 0, 1
-    while not fits(enough):
-        if enough >= local_batch:
-            raise OutOfMemoryError("out of memory with a single pair on a device: take a smaller model")
-        too_few, enough = enough, min(2 * enough, local_batch)
+    # From few pairs to many: a host's allocator does not give back all that a failed attempt took.
+    enough = too_few = local_batch
+    while fits(too_few):
+        if too_few == 1:
+            return local_batch
+        enough, too_few = too_few, -(-too_few // 2)
+    if enough == too_few:
+        raise OutOfMemoryError("out of memory with a single pair on a device: take a smaller model")
     while enough - too_few > 1:
         middle = (too_few + enough) // 2
         if fits(middle):

@@ -98,30 +98,6 @@ class ClipModule(L.LightningModule):
         with local, torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss)
 
-    def try_step(self, batch: Batch, pairs: int) -> None:
-        """Hold the most memory that a step with micro-batches of so many pairs will hold; leave nothing behind.
-
-        Raises:
-            RuntimeError: memory ran out.
-        """
-        images = batch["image"].to(self.device)
-        texts = batch["text"][:pairs].to(self.device)
-        optimizer = cast(LightningOptimizer, self.optimizers())
-        moments = 0 if optimizer.state else 2
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        try:
-            # What AdamW will hold, and the loss: features, their gradients, copies, the gathered texts and theirs.
-            held = [torch.ones_like(parameter) for _ in range(moments) for parameter in parameters]
-            rows = 6 * len(images) + 2 * self.clock.batch_size
-            held.append(torch.ones(rows, self.model.vision.projection.out_features, device=self.device))
-            with self.trainer.precision_plugin.train_step_context():
-                features = self.model(images[:pairs], texts)
-            torch.stack([side.sum() for side in features]).sum().backward()
-        finally:
-            held = features = None
-            for parameter in parameters:
-                parameter.grad = None
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         settings = {name: self.optim[name] for name in ("lr", "weight_decay", "betas", "eps")}
         # The gradient scaler of fp16 hands fused optimizers unscaled gradients, too late for clipping.

@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from clip_train.errors import OutOfMemoryError
+from clip_train.training.memory import explained_out_of_memory, host_memory_limit
+from clip_train.training.micro_batch import find_micro_batch_size
+
+
+@pytest.mark.parametrize(
+    ("local_batch", "fits", "expected"),
+    [(64, 64, 64), (64, 63, 32), (64, 30, 22), (64, 1, 1), (100, 40, 34), (1, 1, 1)],
+)
+def test_fewest_equal_micro_batches_that_fit(local_batch, fits, expected):
+    tried = []
+
+    def try_step(pairs: int) -> None:
+        tried.append(pairs)
+        if pairs > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert find_micro_batch_size(try_step, local_batch, lambda failed: failed) == expected
+    assert len(tried) < 14
+
+
+def test_what_fails_on_another_rank_does_not_fit():
+    assert find_micro_batch_size(lambda pairs: None, 64, lambda failed: 1 if next(calls) > 3 else failed) == 8
+
+
+calls = iter(range(100))
+
+
+def test_no_pair_fits():
+    def try_step(pairs: int) -> None:
+        raise MemoryError
+
+    with pytest.raises(OutOfMemoryError, match="a single pair"):
+        find_micro_batch_size(try_step, 8, lambda failed: failed)
+
+
+def test_other_errors_are_not_taken_for_memory():
+    def try_step(pairs: int) -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        find_micro_batch_size(try_step, 8, lambda failed: failed)
+    with pytest.raises(RuntimeError, match="shapes"), explained_out_of_memory(None, 8):
+        raise RuntimeError("shapes do not match")
+
+
+@pytest.mark.parametrize(
+    ("setting", "local_batch", "message"),
+    [
+        (None, 256, r"micro_batch_size=null \(256 pairs.*try micro_batch_size=128, or auto"),
+        (64, 256, r"micro_batch_size=64 \(64 pairs.*try micro_batch_size=32, or auto; model.grad_checkpointing"),
+        (512, 256, r"micro_batch_size=512 \(256 pairs.*try micro_batch_size=128"),
+        (1, 256, "take a smaller model"),
+    ],
+)
+def test_the_error_names_a_value_to_try(setting, local_batch, message):
+    with pytest.raises(OutOfMemoryError, match=message), explained_out_of_memory(setting, local_batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_host_runs_out_of_memory_instead_of_being_killed():
+    with host_memory_limit(processes=1), pytest.raises(OutOfMemoryError), explained_out_of_memory(None, 2):
+        torch.ones(1 << 44)
+    assert torch.ones(1 << 20).sum() == 1 << 20
