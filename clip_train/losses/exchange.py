@@ -95,7 +95,8 @@ class ReduceScatter:
         self._work = dist.reduce_scatter_tensor(home, grads.flatten(0, 1), group=group, async_op=True)
 
     def wait(self) -> None:
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()
 
 
 class Shift:

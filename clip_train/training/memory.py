@@ -8,7 +8,6 @@ import torch
 
 from clip_train.errors import OutOfMemoryError
 
-
 # PyTorch's allocator for CPUs, and oneDNN, which gives no reason: as a rule it is this one.
 _ALLOCATION_FAILED = ("DefaultCPUAllocator", "could not execute a primitive", "could not create a primitive")
 
