@@ -89,12 +89,12 @@ class Rows:
     def matched(self, y: Tensor) -> Float[Tensor, " m"]:
         """Each row's product with the same row of y, rounded like all products."""
         dtype = accumulation_dtype(y.dtype)
-        parts = _parts(len(self), 4096)
+        parts = _parts(len(self), 512)
         return torch.cat([torch.linalg.vecdot(self.tile(part).to(dtype), y[part].to(dtype)) for part in parts])
 
     def dot(self, other: Float[Tensor, "m dim"]) -> Float[Tensor, ""]:
         """The sum of products of all numbers of the features, without the factor, and of `other`."""
-        parts = _parts(len(self), 4096)
+        parts = _parts(len(self), 512)
         sums = [torch.linalg.vecdot(self.features[part].to(other.dtype), other[part]).sum() for part in parts]
         return torch.stack(sums).sum()
 
