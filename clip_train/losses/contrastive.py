@@ -32,6 +32,7 @@ from clip_train.losses.tiles import (
     add_gradients,
     add_statistics,
     prepare,
+    products_in,
     scale_grad,
 )
 
@@ -73,7 +74,7 @@ def contrastive_loss(
     if exchange not in EXCHANGES:
         raise ValueError(f"exchange={exchange} is none of {', '.join(EXCHANGES)}")
     check_features(image, text, group)
-    with torch.autocast(image.device.type, enabled=False):
+    with torch.autocast(image.device.type, enabled=False), products_in(matmul_dtype):
         return _Contrastive.apply(image, text, logit_scale, group, exchange, matmul_dtype)  # pyright: ignore[reportReturnType]
 
 
@@ -93,7 +94,7 @@ class _Contrastive(torch.autograd.Function):
     def backward(ctx, grad_loss):
         image, text, logit_scale, row_logs, column_logs = ctx.saved_tensors
         wants_image, wants_text, wants_scale = ctx.needs_input_grad[:3]
-        with torch.autocast(image.device.type, enabled=False):
+        with torch.autocast(image.device.type, enabled=False), products_in(ctx.matmul_dtype):
             x, y = _operands(image, text, logit_scale, ctx.matmul_dtype)
             dx = torch.zeros_like(image, dtype=row_logs.dtype) if wants_image or wants_scale else None
             if ctx.gathered is None:

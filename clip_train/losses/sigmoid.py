@@ -20,7 +20,7 @@ from clip_train.losses.exchange import (
     check_features,
     mean_over_ranks,
 )
-from clip_train.losses.tiles import Rows, accumulation_dtype, add_sigmoid, prepare, scale_grad
+from clip_train.losses.tiles import Rows, accumulation_dtype, add_sigmoid, prepare, products_in, scale_grad
 
 Group = dist.ProcessGroup | None
 
@@ -59,7 +59,7 @@ def sigmoid_loss(
     check_features(image, text, group)
     inputs = (image, text, logit_scale, logit_bias)
     wants = [torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs]
-    with torch.autocast(image.device.type, enabled=False):
+    with torch.autocast(image.device.type, enabled=False), products_in(matmul_dtype):
         return _Sigmoid.apply(*inputs, group, exchange, matmul_dtype, wants)  # pyright: ignore[reportReturnType]
 
 

@@ -5,6 +5,7 @@ the processor's cache, or on a GPU large enough to fill it; nothing m x n is eve
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -51,19 +52,30 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def prepare(rows: Tensor, matmul_dtype: torch.dtype | None) -> Tensor:
     """Round features to the dtype of the matrix products.
 
-    A processor without bf16 or fp16 instructions multiplies such matrices some 50 times slower than fp32 ones: there
-    the rounded numbers stay in fp32, which holds the product of two of them exactly.
+    On a CPU the rounded numbers stay in fp32: its products of 16-bit matrices would round their sums as well.
     """
     if matmul_dtype is None:
         return rows.contiguous()
     rounded = rows.to(matmul_dtype).contiguous()
-    return rounded if rows.is_cuda or _cpu_multiplies(matmul_dtype) else rounded.to(rows.dtype)
+    return rounded.to(rows.dtype) if rows.device.type == "cpu" else rounded
 
 
-def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()
+@contextmanager
+def products_in(matmul_dtype: torch.dtype | None) -> Iterator[None]:
+    """Let oneDNN multiply fp32 matrices as bf16 with sums in fp32, on processors that have instructions for it."""
+    matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = matmul.fp32_precision
+    if matmul_dtype == torch.bfloat16:
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def scale_grad(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The gradient times a factor, in place if the dtype stays."""
+    return None if grad is None else grad.mul_(factor).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -97,11 +109,6 @@ class Rows:
         parts = _parts(len(self), 512)
         sums = [torch.linalg.vecdot(self.features[part].to(other.dtype), other[part]).sum() for part in parts]
         return torch.stack(sums).sum()
-
-
-def scale_grad(grad: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The gradient times a factor, in place if the dtype stays."""
-    return None if grad is None else grad.mul_(factor).to(dtype)
 
 
 def add_statistics(x: Rows, y: Float[Tensor, "n dim"], rows: LogSums, columns: LogSums) -> None:
@@ -203,7 +210,7 @@ def add_sigmoid(
 
 def tile_shape(device: torch.device) -> tuple[int, int]:
     """Rows and columns of a tile."""
-    return (512, 512) if device.type == "cpu" else (4096, 8192)
+    return (384, 768) if device.type == "cpu" else (4096, 8192)
 
 
 def _parts(count: int, size: int) -> list[slice]:
@@ -222,7 +229,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     """Matrix product with sums and result in fp32 (fp64 for fp64)."""
     if a.dtype not in (torch.bfloat16, torch.float16):
         return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.mm(a, b).float()
+    return torch.mm(a, b, out_dtype=torch.float32)
 
 
 def _add_products(weights: Tensor, x: Tensor, y: Tensor, dx: Tensor | None, dy: Tensor | None) -> None:

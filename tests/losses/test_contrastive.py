@@ -1,8 +1,11 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from clip_train.losses import contrastive_loss
+from tests.losses.references import unit_vectors
 
 
 def pairs(count: int, dim: int, dtype=torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,6 +43,61 @@ def test_computed_in_fp32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         loss = contrastive_loss(image, text, scale)
     assert torch.equal(loss, contrastive_loss(image, text, scale))
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("random", 14.3), ("random", 100.0), ("matched", 14.3)])
+def test_products_of_rounded_features(kind, scale):
+    results = []
+    for matmul_dtype in (None, torch.bfloat16):
+        image, text = (x.float().requires_grad_() for x in unit_vectors(kind, 600, 64))
+        loss = contrastive_loss(image, text, torch.tensor(scale), matmul_dtype=matmul_dtype)
+        results.append((loss.item(), torch.cat(torch.autograd.grad(loss, (image, text))).flatten()))
+    (exact, exact_grad), (rounded, rounded_grad) = results
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=1e-3)
+    assert torch.cosine_similarity(rounded_grad, exact_grad, dim=0) > 0.9999
+
+
+def test_no_more_than_a_tile_of_logits():
+    count = 2048
+    image, text = (x.float().requires_grad_() for x in unit_vectors("random", count, 8))
+    with LargestTensor() as largest:
+        contrastive_loss(image, text, torch.tensor(14.3)).backward()
+    assert largest.numel == 384 * 768
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that is made inside."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_nan_is_not_hidden():
+    image, text = pairs(8, 4)
+    image[3, 2] = torch.nan
+    assert contrastive_loss(image, text, torch.tensor(14.3)).isnan()
+
+
+def test_backward_twice_and_a_factor():
+    image, text = (x.requires_grad_() for x in pairs(6, 4))
+    loss = contrastive_loss(image, text, torch.tensor(5.0))
+    once = torch.autograd.grad(loss, (image, text), retain_graph=True)
+    thrice = torch.autograd.grad(3 * loss, (image, text))
+    for one, three in zip(once, thrice):
+        torch.testing.assert_close(3 * one, three)
+
+
+def test_an_unknown_exchange_is_named():
+    image, text = pairs(2, 4)
+    with pytest.raises(ValueError, match="exchange=tree is none of gather, ring"):
+        contrastive_loss(image, text, torch.tensor(1.0), exchange="tree")
 
 
 def test_one_pair_has_no_loss():
