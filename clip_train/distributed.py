@@ -19,23 +19,24 @@ def group_rank(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
-_host_groups: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
+_host_world: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
 
 
-def host_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup:
-    """A gloo group of the same ranks, for what the host must know without waiting for the accelerator.
+def host_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | None:
+    """The group, if it is of gloo, or a gloo group of all ranks: for what hosts must know without waiting for devices.
 
-    All its ranks must call this, as the first call makes the group.
+    All ranks must make the first call, as that makes the group of all. None for some of the ranks on another backend:
+    a group cannot be made by those alone without confusing the names of later ones.
     """
     group = group or dist.group.WORLD
     assert group is not None
     if dist.get_backend(group) == "gloo":
         return group
-    if group not in _host_groups:
-        ranks = dist.get_process_group_ranks(group)
-        made = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-        _host_groups[group] = made  # pyright: ignore[reportArgumentType]  only a non-member gets a number
-    return _host_groups[group]
+    if group is not dist.group.WORLD:
+        return None
+    if group not in _host_world:
+        _host_world[group] = dist.new_group(backend="gloo")  # pyright: ignore[reportArgumentType]
+    return _host_world[group]
 
 
 def max_on_hosts(value: int) -> int:
@@ -58,10 +59,10 @@ def gather_ragged(local: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(gathered, sizes)])
 
 
-def sum_over_ranks(local: Tensor) -> Tensor:
-    """The sum over ranks, on every rank. No gradients."""
-    if group_size() > 1:
-        dist.all_reduce(local)
+def sum_over_ranks(local: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum over ranks, on every rank, in place. No gradients."""
+    if group_size(group) > 1:
+        dist.all_reduce(local, group=group)
     return local
 
 

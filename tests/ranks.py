@@ -4,6 +4,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -26,25 +27,30 @@ class RankPool:
             self._pipes.append(here)
 
     def run(self, function: Callable[..., Any], *args: Any, ranks: int | None = None) -> list[Any]:
-        """`function(*args)` on each of the first ranks (all by default); the results in rank order.
+        """`function(*args)` on each of the last ranks (all by default); the results in rank order.
 
         The function must be importable by name. It finds the group of those ranks in `pool_group(ranks)`.
 
         Raises:
             RuntimeError: it failed on a rank; the text holds that rank's traceback.
         """
-        pipes = self._pipes[:ranks]
+        pipes = self._pipes[-(ranks or len(self._pipes)) :]
         for pipe in pipes:
             pipe.send((function, args))
-        answers = [pipe.recv() for pipe in pipes]
-        for failed, answer in answers:
-            if failed:
-                raise RuntimeError(answer)
-        return [answer for _, answer in answers]
+        answers = {}
+        while len(answers) < len(pipes):
+            for pipe in wait([pipe for pipe in pipes if pipe not in answers]):
+                failed, answers[pipe] = pipe.recv()
+                if failed:  # the others may wait for it
+                    for process in self._processes:
+                        process.kill()
+                    raise RuntimeError(answers[pipe])
+        return [answers[pipe] for pipe in pipes]
 
     def close(self) -> None:
-        for pipe in self._pipes:
-            pipe.send(None)
+        for pipe, process in zip(self._pipes, self._processes):
+            if process.is_alive():
+                pipe.send(None)
         for process in self._processes:
             process.join(30)
         self._folder.cleanup()
@@ -54,7 +60,7 @@ _groups: dict[int, dist.ProcessGroup] = {}
 
 
 def pool_group(ranks: int) -> dist.ProcessGroup | None:
-    """In a process of a RankPool: the group of the first ranks. Elsewhere None."""
+    """In a process of a RankPool: the group of the last ranks. Elsewhere None."""
     return _groups.get(ranks)
 
 
@@ -63,7 +69,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Any) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     for size in range(1, world_size + 1):
-        _groups[size] = dist.new_group(list(range(size)))  # pyright: ignore[reportArgumentType]
+        _groups[size] = dist.new_group(list(range(world_size))[-size:])  # pyright: ignore[reportArgumentType]
     while (job := pipe.recv()) is not None:
         function, args = job
         try:

@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clip_train.errors import ClipTrainError
+from clip_train.errors import ClipTrainError, OutOfMemoryError
 
 EXIT_DONE, EXIT_USER_ERROR, EXIT_RESUMABLE = 0, 2, 75
 
@@ -40,7 +40,7 @@ def run_program(name: str, config_name: str, task: Callable[[DictConfig], int]) 
         try:
             codes.append(task(cfg))
         except ClipTrainError as error:
-            _fail(name, str(error))
+            _fail(name, str(error), alone=isinstance(error, OutOfMemoryError))
 
     sys.argv[1:] = [quote_text(argument) for argument in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing and exiting with 1
@@ -67,18 +67,19 @@ def quote_text(argument: str) -> str:
     return argument
 
 
-def _fail(name: str, message: str) -> NoReturn:
-    if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:  # one line per node
+def _fail(name: str, message: str, alone: bool = False) -> NoReturn:
+    """Print the message once per node, or here if only this process may know of it, and exit."""
+    if alone or int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:
         print(f"{name}: error: {message}", file=sys.stderr, flush=True)
-    _exit(EXIT_USER_ERROR)
+    _exit(EXIT_USER_ERROR, wait=not alone)
 
 
-def _exit(code: int) -> NoReturn:
+def _exit(code: int, wait: bool = True) -> NoReturn:
     if "lightning" in sys.modules:
         from clip_train.distributed import group_size
         from clip_train.training.launch import started_by_lightning
 
-        if code and started_by_lightning():
+        if code and wait and started_by_lightning():
             _wait_for_parent()
         if code and group_size() > 1:
             sys.stdout.flush()

@@ -13,9 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from clip_train.distributed import group_rank, group_size
+from clip_train.distributed import group_rank, group_size, sum_over_ranks
 from clip_train.losses.exchange import (
-    EXCHANGES,
     GatheredRows,
     ReduceScatter,
     add_,
@@ -23,7 +22,6 @@ from clip_train.losses.exchange import (
     check_features,
     maximum_over_ranks_,
     mean_over_ranks,
-    sum_over_ranks_,
 )
 from clip_train.losses.tiles import (
     LogSums,
@@ -71,9 +69,7 @@ def contrastive_loss(
         UnequalBatchesError: on all ranks, if the ranks' features differ in shape.
         ValueError: there is no such exchange.
     """
-    if exchange not in EXCHANGES:
-        raise ValueError(f"exchange={exchange} is none of {', '.join(EXCHANGES)}")
-    check_features(image, text, group)
+    check_features(image, text, exchange, group)
     with torch.autocast(image.device.type, enabled=False), products_in(matmul_dtype):
         return _Contrastive.apply(image, text, logit_scale, group, exchange, matmul_dtype)  # pyright: ignore[reportReturnType]
 
@@ -82,7 +78,8 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, logit_scale, group, exchange, matmul_dtype):
         ctx.group, ctx.matmul_dtype = group, matmul_dtype
-        x, y = _operands(image, text, logit_scale, matmul_dtype)
+        x = _scaled_rows(image, logit_scale, matmul_dtype)
+        y = prepare(text.to(accumulation_dtype(image.dtype)), matmul_dtype)
         statistics = _gathered_statistics if exchange == "gather" else _ring_statistics
         row_logs, column_logs, ctx.gathered = statistics(x, y, group)
         own_logs = column_logs if ctx.gathered is None else column_logs[ctx.gathered.own]
@@ -92,30 +89,30 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_loss):
-        image, text, logit_scale, row_logs, column_logs = ctx.saved_tensors
-        wants_image, wants_text, wants_scale = ctx.needs_input_grad[:3]
-        with torch.autocast(image.device.type, enabled=False), products_in(ctx.matmul_dtype):
-            x, y = _operands(image, text, logit_scale, ctx.matmul_dtype)
-            dx = torch.zeros_like(image, dtype=row_logs.dtype) if wants_image or wants_scale else None
-            if ctx.gathered is None:
-                dy = _ring_gradients(x, y, row_logs, column_logs, dx, wants_text, ctx.group)
-            else:
-                dy = _gathered_gradients(x, ctx.gathered.wait(), row_logs, column_logs, dx, wants_text, ctx.group)
-        unit = grad_loss / (2 * len(image))
-        d_scale = None
-        if wants_scale and dx is not None:
-            d_scale = unit * x.dot(dx)
-        d_image = scale_grad(dx if wants_image else None, unit * logit_scale, image.dtype)
-        d_text = scale_grad(dy, unit * _LN_2, text.dtype)  # x carries the scale and 1 / ln 2
-        return d_image, d_text, d_scale, None, None, None
+        with torch.autocast(grad_loss.device.type, enabled=False), products_in(ctx.matmul_dtype):
+            return *_gradients(ctx, grad_loss), None, None, None
 
 
-def _operands(
-    image: Tensor, text: Tensor, logit_scale: Tensor, matmul_dtype: torch.dtype | None
-) -> tuple[Rows, Tensor]:
-    """Both sides of the products, the images scaled so that S comes in units of log 2."""
-    dtype = accumulation_dtype(image.dtype)
-    return Rows(image, logit_scale.to(dtype) / _LN_2, matmul_dtype), prepare(text.to(dtype), matmul_dtype)
+def _gradients(ctx, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Those of the images, of the texts and of the scale, each None if it is not wanted."""
+    image, text, logit_scale, row_logs, column_logs = ctx.saved_tensors
+    wants_image, wants_text, wants_scale = ctx.needs_input_grad[:3]
+    x = _scaled_rows(image, logit_scale, ctx.matmul_dtype)
+    dx = torch.zeros_like(image, dtype=row_logs.dtype) if wants_image or wants_scale else None
+    if ctx.gathered is None:
+        y = prepare(text.to(row_logs.dtype), ctx.matmul_dtype)
+        dy = _ring_gradients(x, y, row_logs, column_logs, dx, wants_text, ctx.group)
+    else:
+        dy = _gathered_gradients(x, ctx.gathered.wait(), row_logs, column_logs, dx, wants_text, ctx.group)
+    unit = grad_loss / (2 * len(image))
+    d_scale = unit * x.dot(dx) if wants_scale and dx is not None else None
+    d_image = scale_grad(dx if wants_image else None, unit * logit_scale, image.dtype)
+    return d_image, scale_grad(dy, unit * _LN_2, text.dtype), d_scale  # x carries the scale and 1 / ln 2
+
+
+def _scaled_rows(image: Tensor, logit_scale: Tensor, matmul_dtype: torch.dtype | None) -> Rows:
+    """The images, scaled so that S comes in units of log 2."""
+    return Rows(image, logit_scale.to(accumulation_dtype(image.dtype)) / _LN_2, matmul_dtype)
 
 
 def _gathered_statistics(x: Rows, y: Tensor, group: Group) -> tuple[Tensor, Tensor, GatheredRows]:
@@ -128,7 +125,7 @@ def _gathered_statistics(x: Rows, y: Tensor, group: Group) -> tuple[Tensor, Tens
     maximum = columns.maximum.clone()
     maximum_over_ranks_(maximum, group)
     columns.total.mul_(torch.exp2(columns.maximum - maximum))
-    sum_over_ranks_(columns.total, group)
+    sum_over_ranks(columns.total, group)
     return rows.log2(), LogSums(maximum, columns.total).log2(), gathered
 
 

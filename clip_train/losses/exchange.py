@@ -16,16 +16,24 @@ class UnequalBatchesError(ClipTrainError, ValueError):
     """The ranks came to the loss with differently shaped features."""
 
 
-def check_features(image: Tensor, text: Tensor, group: dist.ProcessGroup | None) -> None:
-    """Raises UnequalBatchesError on every rank unless all ranks have equally many image and text rows, of one width.
+def check_features(image: Tensor, text: Tensor, exchange: str, group: dist.ProcessGroup | None) -> None:
+    """Check the inputs of a loss, on all ranks alike.
 
-    The ranks agree through the host, so an accelerator is not waited for.
+    The ranks agree through the host, so that an accelerator is not waited for, unless a group has no gloo side.
+
+    Raises:
+        UnequalBatchesError: on every rank, unless all have equally many image and text rows, of one width.
+        ValueError: there is no such exchange.
     """
+    if exchange not in EXCHANGES:
+        raise ValueError(f"exchange={exchange} is none of {', '.join(EXCHANGES)}")
     are_pairs = image.ndim == 2 and image.shape == text.shape and len(image) > 0
     shapes = list(image.shape) if are_pairs else [0, 0]  # told to the others before raising, as they would wait
     extremes = torch.tensor([*shapes, *(-size for size in shapes)])
     if group_size(group) > 1:
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=host_group(group))
+        host = host_group(group)
+        extremes = extremes if host else extremes.to(image.device)
+        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=host or group)
     if not are_pairs:
         raise UnequalBatchesError(
             f"image features {tuple(image.shape)} and text features {tuple(text.shape)} are no pairs:"
@@ -49,13 +57,9 @@ def mean_over_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def maximum_over_ranks_(values: Tensor, group: dist.ProcessGroup | None) -> None:
+    """The greatest over ranks of each value, in place. No gradients."""
     if group_size(group) > 1:
         dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
-
-
-def sum_over_ranks_(values: Tensor, group: dist.ProcessGroup | None) -> None:
-    if group_size(group) > 1:
-        dist.all_reduce(values, group=group)
 
 
 class GatheredRows:

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 
 from clip_train.distributed import group_rank, group_size
 from clip_train.losses.exchange import (
-    EXCHANGES,
     GatheredRows,
     ReduceScatter,
     add_,
@@ -54,9 +53,7 @@ def sigmoid_loss(
         UnequalBatchesError: on all ranks, if the ranks' features differ in shape.
         ValueError: there is no such exchange.
     """
-    if exchange not in EXCHANGES:
-        raise ValueError(f"exchange={exchange} is none of {', '.join(EXCHANGES)}")
-    check_features(image, text, group)
+    check_features(image, text, exchange, group)
     inputs = (image, text, logit_scale, logit_bias)
     wants = [torch.is_grad_enabled() and tensor.requires_grad for tensor in inputs]
     with torch.autocast(image.device.type, enabled=False), products_in(matmul_dtype):

@@ -63,10 +63,12 @@ def prepare(rows: Tensor, matmul_dtype: torch.dtype | None) -> Tensor:
 @contextmanager
 def products_in(matmul_dtype: torch.dtype | None) -> Iterator[None]:
     """Let oneDNN multiply fp32 matrices as bf16 with sums in fp32, on processors that have instructions for it."""
+    if matmul_dtype != torch.bfloat16:
+        yield
+        return
     matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = matmul.fp32_precision
-    if matmul_dtype == torch.bfloat16:
-        matmul.fp32_precision = "bf16"
+    matmul.fp32_precision = "bf16"
     try:
         yield
     finally:
@@ -113,11 +115,10 @@ class Rows:
 
 def add_statistics(x: Rows, y: Float[Tensor, "n dim"], rows: LogSums, columns: LogSums) -> None:
     """Merge the block's sums over y into `rows` (m) and those over x into `columns` (n)."""
-    for xs, x_tile in x.tiles():
-        for ys in _columns(y):
-            row_sums, column_sums = _tile_statistics(x_tile, y[ys])
-            rows[xs].merge_(*row_sums)
-            columns[ys].merge_(*column_sums)
+    for xs, x_tile, ys in _tiles(x, y):
+        row_sums, column_sums = _tile_statistics(x_tile, y[ys])
+        rows[xs].merge_(*row_sums)
+        columns[ys].merge_(*column_sums)
 
 
 def _tile_statistics(x: Tensor, y: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -159,11 +160,10 @@ def add_gradients(
         diagonal: the column that belongs to row 0 of x, or None if no column of y belongs to any row.
         dx, dy: fp32 (fp64 for fp64); None where no gradient is wanted.
     """
-    for xs, x_tile in x.tiles():
-        for ys in _columns(y):
-            offset = None if diagonal is None else xs.start + diagonal - ys.start
-            weights = _tile_weights(x_tile, y[ys], row_logs[xs], column_logs[ys], offset)
-            _add_products(weights, x_tile, y[ys], _rows_of(dx, xs), _rows_of(dy, ys))
+    for xs, x_tile, ys in _tiles(x, y):
+        offset = None if diagonal is None else xs.start + diagonal - ys.start
+        weights = _tile_weights(x_tile, y[ys], row_logs[xs], column_logs[ys], offset)
+        _add_products(weights, x_tile, y[ys], _rows_of(dx, xs), _rows_of(dy, ys))
 
 
 def _tile_weights(x: Tensor, y: Tensor, row_logs: Tensor, column_logs: Tensor, offset: int | None) -> Tensor:
@@ -190,21 +190,20 @@ def add_sigmoid(
     Adds G y to `dx` and G^T x to `dy` on the way: no sum over the batch has to be known first.
     """
     sums = torch.zeros(2, dtype=torch.float64, device=y.device)
-    for xs, x_tile in x.tiles():
-        for ys in _columns(y):
-            logits = _product(x_tile, y[ys].T).add_(bias)
-            offset = None if diagonal is None else xs.start + diagonal - ys.start
-            on_diagonal = _diagonal(logits, offset)  # a view: it follows what happens to the logits
-            sums[0] += F.softplus(logits, threshold=40).sum()
-            if on_diagonal is not None:
-                sums[0] -= on_diagonal.sum()
-            if dx is None and dy is None:
-                continue
-            weights = logits.sigmoid_()
-            if on_diagonal is not None:
-                on_diagonal.sub_(1)
-            sums[1] += weights.sum()
-            _add_products(weights.to(x_tile.dtype), x_tile, y[ys], _rows_of(dx, xs), _rows_of(dy, ys))
+    for xs, x_tile, ys in _tiles(x, y):
+        logits = _product(x_tile, y[ys].T).add_(bias)
+        offset = None if diagonal is None else xs.start + diagonal - ys.start
+        on_diagonal = _diagonal(logits, offset)  # a view: it follows what happens to the logits
+        sums[0] += F.softplus(logits, threshold=40).sum()
+        if on_diagonal is not None:
+            sums[0] -= on_diagonal.sum()
+        if dx is None and dy is None:
+            continue
+        weights = logits.sigmoid_()
+        if on_diagonal is not None:
+            on_diagonal.sub_(1)
+        sums[1] += weights.sum()
+        _add_products(weights.to(x_tile.dtype), x_tile, y[ys], _rows_of(dx, xs), _rows_of(dy, ys))
     return sums
 
 
@@ -217,8 +216,12 @@ def _parts(count: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def _columns(y: Tensor) -> list[slice]:
-    return _parts(len(y), tile_shape(y.device)[1])
+def _tiles(x: Rows, y: Tensor) -> Iterator[tuple[slice, Tensor, slice]]:
+    """Where a tile's rows lie, the rows, and where its columns lie."""
+    columns = _parts(len(y), tile_shape(y.device)[1])
+    for xs, x_tile in x.tiles():
+        for ys in columns:
+            yield xs, x_tile, ys
 
 
 def _rows_of(grad: Tensor | None, part: slice) -> Tensor | None:

@@ -68,6 +68,8 @@ def usable(x: Tensor) -> bool:
 def _works(device: torch.device, dtype: torch.dtype, dim: int) -> bool:
     try:
         _tune(device, dtype, dim)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # compilers and drivers raise anything
         reason = f"{type(error).__name__}: {error}"
         log.warning("The loss's Triton kernels do not work on %s, so plain PyTorch takes over: %s", device, reason)

@@ -52,17 +52,23 @@ def cached_backward(
     del features
     scalars = {name: tensor.detach().requires_grad_() for name, tensor in logit_parameters.items()}
     value = loss(*leaves, **scalars)
-    grads = torch.autograd.grad(value, [*leaves, *scalars.values()])
+    with torch.autocast(device.type, enabled=False):  # which is for forward only
+        grads = torch.autograd.grad(value, [*leaves, *scalars.values()], allow_unused=True)
+    image_grad, text_grad, *scalar_grads = (
+        torch.zeros_like(x) if g is None else g for x, g in zip([*leaves, *scalars.values()], grads)
+    )
+    value = value.detach()  # what the loss kept goes now, before activations come
+    del leaves, grads
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         _set_random_state(noise[number], device)
         again = encode(*(tensor[part] for tensor in inputs))
-        surrogate = torch.stack([(side * grad[part]).sum() for side, grad in zip(again, grads)]).sum()
+        surrogate = (again[0] * image_grad[part]).sum() + (again[1] * text_grad[part]).sum()
         if last:  # every parameter must take part in the one synchronised backward
-            pairs = zip(logit_parameters.values(), grads[len(leaves) :], strict=True)
+            pairs = zip(logit_parameters.values(), scalar_grads, strict=True)
             surrogate = surrogate + sum(parameter * grad for parameter, grad in pairs)
         backward(surrogate, last)
-    return value.detach()
+    return value
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

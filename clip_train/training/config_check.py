@@ -1,10 +1,12 @@
 """Values of the config that cannot be used, said before anything is opened or written."""
 
+import math
 from numbers import Real
 
 from omegaconf import DictConfig, OmegaConf
 
 from clip_train.errors import ConfigError
+from clip_train.models.dual_encoder import INITIAL_LOGIT_SCALE
 from clip_train.training.launch import World
 
 # Key, type, least value.
@@ -18,6 +20,8 @@ _NUMBERS: tuple[tuple[str, type, float], ...] = (
     ("model.image_size", int, 1),
     ("model.embed_dim", int, 1),
     ("model.text.context_length", int, 2),
+    ("model.init_logit_scale", Real, 0),
+    ("model.init_logit_bias", Real, -math.inf),
     ("optim.lr", Real, 0),
     ("optim.weight_decay", Real, 0),
     ("optim.eps", Real, 0),
@@ -26,10 +30,14 @@ _NUMBERS: tuple[tuple[str, type, float], ...] = (
     ("checkpoint.keep", int, 1),
     ("eval.batch_size", int, 1),
 )
-_MAY_BE = {"optim.grad_clip": (None,), "micro_batch_size": (None, "auto")}
+_MAY_BE = {"optim.grad_clip": (None,), "micro_batch_size": (None, "auto"), "model.init_logit_bias": (None,)}
+_DEFAULTS = {"model.init_logit_scale": INITIAL_LOGIT_SCALE}  # a model config of the user's need not have it
+_LN_100 = math.log(100)
 _CHOICES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("trainer.precision", ("32", "bf16-mixed", "16-mixed", "bf16-true")),
     ("trainer.strategy", ("auto", "ddp")),
+)
+_LOSS_CHOICES = (
     ("loss.exchange", ("gather", "ring")),
     ("loss.matmul_dtype", ("null", "bfloat16", "float16")),
 )
@@ -41,17 +49,19 @@ def check_config(cfg: DictConfig, world: World) -> None:
     if missing:
         raise ConfigError(f"{missing[0]} has no value: give {missing[0]}=...")
     for key, kind, least in _NUMBERS:
-        value = OmegaConf.select(cfg, key)
+        value = OmegaConf.select(cfg, key, default=_DEFAULTS.get(key))
         if key in _MAY_BE and value in _MAY_BE[key]:
             continue
         if isinstance(value, bool) or not isinstance(value, kind) or value is None or not value >= least:
             name = "whole number" if kind is int else "number"
-            raise ConfigError(f"{key}={value} is not a {name} of at least {least:g}")
-    for key, choices in _CHOICES:
+            others = "".join(f", nor {'null' if other is None else other}" for other in _MAY_BE.get(key, ()))
+            raise ConfigError(f"{key}={value} is not a {name} of at least {least:g}{others}")
+    ours = str(cfg.loss._target_).startswith("clip_train.losses.")
+    for key, choices in _CHOICES + (_LOSS_CHOICES if ours else ()):
         value = OmegaConf.select(cfg, key, default=choices[0])
         if ("null" if value is None else str(value)) not in choices:
             raise ConfigError(f"{key}={value} is none of {', '.join(choices)}")
-    _check_logit_bias(cfg)
+    _check_logits(cfg)
     if rest := cfg.batch_size % world.size:
         below, above = cfg.batch_size - rest, cfg.batch_size - rest + world.size
         nearest = f"{below} or {above}" if below else str(above)
@@ -60,8 +70,11 @@ def check_config(cfg: DictConfig, world: World) -> None:
         )
 
 
-def _check_logit_bias(cfg: DictConfig) -> None:
-    loss, bias = str(cfg.loss._target_).rpartition(".")[2], cfg.model.init_logit_bias
+def _check_logits(cfg: DictConfig) -> None:
+    scale, bias = cfg.model.get("init_logit_scale", 0), cfg.model.get("init_logit_bias")
+    if scale > _LN_100:
+        raise ConfigError(f"model.init_logit_scale={scale:g} is above ln 100: it is the log of the scale")
+    loss = str(cfg.loss._target_).rpartition(".")[2]
     if loss == "sigmoid_loss" and bias is None:
         raise ConfigError("loss=sigmoid learns a bias: give model.init_logit_bias a number, such as -10")
     if loss == "contrastive_loss" and bias is not None:

@@ -1,5 +1,6 @@
 """Running out of memory: known for what it is, said in one line, provoked on a CPU where Linux would rather kill."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,8 +9,15 @@ import torch
 
 from clip_train.errors import OutOfMemoryError
 
-# PyTorch's allocator for CPUs, and oneDNN, which gives no reason: as a rule it is this one.
-_ALLOCATION_FAILED = ("DefaultCPUAllocator", "could not execute a primitive", "could not create a primitive")
+# Of PyTorch, the system, CUDA, NCCL and cuBLAS, and of oneDNN, which gives no reason: as a rule it is this one.
+_ALLOCATION_FAILED = (
+    "DefaultCPUAllocator",
+    "Cannot allocate memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "could not execute a primitive",
+    "could not create a primitive",
+)
 
 
 @contextmanager
@@ -51,12 +59,12 @@ def host_memory_limit(processes: int) -> Iterator[None]:
         import resource
 
         used = _kilobytes("/proc/self/status", "VmData")
-        free = _kilobytes("/proc/meminfo", "MemAvailable")
+        free = min(_kilobytes("/proc/meminfo", "MemAvailable"), _free_in_group())
         soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     except (ImportError, OSError, ValueError):
         yield
         return
-    limit = 1024 * (used + free // processes)
+    limit = int(1024 * (used + free / processes))
     if soft != resource.RLIM_INFINITY:
         limit = min(limit, soft)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
@@ -64,6 +72,15 @@ def host_memory_limit(processes: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _free_in_group() -> float:
+    """Kilobytes that the control group of a container or job still allows."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        return (int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())) / 1024
+    except (OSError, ValueError):  # no such group, or no limit
+        return math.inf
 
 
 def _kilobytes(path: str, name: str) -> int:

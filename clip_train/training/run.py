@@ -85,7 +85,7 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
     )
     callbacks = [start, agreement, metrics, checkpointing, ProgressDisplay(metrics, console), validation]
     if cfg.micro_batch_size == "auto":
-        callbacks.append(_micro_batch_search(cfg, model, world))
+        callbacks.insert(1, _micro_batch_search(cfg, model, world))  # before anything is timed
     trainer = _trainer(cfg, world, folder, callbacks)
     trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
 
@@ -97,6 +97,7 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
         "steps": trainer.global_step,
         "samples_per_second": metrics.samples_per_second,
         "world_size": world.size,
+        "micro_batch_size": module.micro_batch_size,
         "metrics": {**metrics.latest, **validation.latest},
     }
     if trainer.is_global_zero:

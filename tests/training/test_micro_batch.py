@@ -23,10 +23,8 @@ def test_fewest_equal_micro_batches_that_fit(local_batch, fits, expected):
 
 
 def test_what_fails_on_another_rank_does_not_fit():
-    assert find_micro_batch_size(lambda pairs: None, 64, lambda failed: 1 if next(calls) > 3 else failed) == 8
-
-
-calls = iter(range(100))
+    attempts = iter(range(100))
+    assert find_micro_batch_size(lambda pairs: None, 64, lambda failed: 1 if next(attempts) > 3 else failed) == 8
 
 
 def test_no_pair_fits():
