@@ -4,7 +4,8 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import wait
+from multiprocessing import connection
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ class RankPool:
     def __init__(self, world_size: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
         context = mp.get_context("spawn")  # pyright: ignore[reportPrivateImportUsage]
-        self._pipes, self._processes = [], []
+        self._pipes: list[Connection] = []
+        self._processes = []
         for rank in range(world_size):
             here, there = context.Pipe()
             arguments = (rank, world_size, self._folder.name, there)
@@ -37,9 +39,10 @@ class RankPool:
         pipes = self._pipes[-(ranks or len(self._pipes)) :]
         for pipe in pipes:
             pipe.send((function, args))
-        answers = {}
+        answers: dict[Connection, Any] = {}
         while len(answers) < len(pipes):
-            for pipe in wait([pipe for pipe in pipes if pipe not in answers]):
+            for pipe in connection.wait([pipe for pipe in pipes if pipe not in answers]):
+                assert isinstance(pipe, Connection)
                 failed, answers[pipe] = pipe.recv()
                 if failed:  # the others may wait for it
                     for process in self._processes:

@@ -74,6 +74,33 @@ def test_not_a_tar(fail, folder):
     assert "00001.tar is not a tar" in fail(f"data.train.shards={folder}/*.tar")
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("micro_batch_size=0", "micro_batch_size=0 is not a whole number of at least 1, nor null, nor auto"),
+        ("micro_batch_size=half", "micro_batch_size=half is not a whole number of at least 1, nor null, nor auto"),
+        ("loss.exchange=tree", "loss.exchange=tree is none of gather, ring"),
+        ("loss.matmul_dtype=int8", "loss.matmul_dtype=int8 is none of null, bfloat16, float16"),
+        ("model.init_logit_scale=10", "it is the log of the scale"),
+        ("model.init_logit_scale=null", "model.init_logit_scale=None is not a number"),
+        ("model.init_logit_bias=-10", "loss=contrastive has no bias"),
+    ],
+)
+def test_values_of_the_loss_and_the_micro_batch(fail, setting, message):
+    assert message in fail(setting)
+
+
+def test_sigmoid_loss_without_a_bias(fail):
+    assert "give model.init_logit_bias a number" in fail("loss=sigmoid", "model.init_logit_bias=null")
+
+
+def test_batch_norm_with_micro_batches(fail):
+    vision = ("model.vision.name=resnet18", "model.vision.options={}")
+    for size in ("8", "auto"):
+        line = fail(*vision, "data.val.shards=null", f"micro_batch_size={size}")
+        assert "batch norm" in line and "micro_batch_size=null" in line
+
+
 def test_batch_size_that_does_not_divide(fail):
     assert "the nearest that do: 32 or 36" in fail("batch_size=33", "trainer.devices=4")
 

@@ -138,3 +138,13 @@ def test_a_run_that_diverges_ends_as_a_fault_and_saves_nothing_broken(tmp_path):
     for path in (tmp_path / "run").glob("checkpoints/*.ckpt"):
         weights = torch.load(path, weights_only=True)["state_dict"]
         assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_sigmoid_loss_learns_its_bias(tmp_path):
+    run = ("loss=sigmoid", "max_steps=3", NO_VAL, "micro_batch_size=8")
+    rows = train_tiny(tmp_path, "run", *run)
+    assert float(rows[0]["train/logit_scale"]) == pytest.approx(10)
+    state = torch.load(newest(tmp_path / "run"), weights_only=True)["state_dict"]
+    assert state["model.logit_bias"] != -10
+    both = train_tiny(tmp_path, "both", *run, "trainer.devices=2", "loss.exchange=gather")
+    assert [float(row["train/loss"]) for row in both] == pytest.approx([float(r["train/loss"]) for r in rows], rel=1e-5)
