@@ -140,7 +140,7 @@ def _gathered_gradients(
         return dy
     home = y.new_empty(b, y.shape[1], dtype=row_logs.dtype) if wants_dy else None
     part_rows = max(_LEAST_PART, -(-b // _PARTS))
-    on_their_way = []
+    on_its_way = None
     for start in range(0, b, part_rows):
         size = min(part_rows, b - start)
         dy = y.new_zeros(world_size, size, y.shape[1], dtype=row_logs.dtype) if wants_dy else None
@@ -150,9 +150,11 @@ def _gathered_gradients(
             dy_block = None if dy is None else dy[owner]
             add_gradients(x, y[columns], row_logs, column_logs[columns], diagonal, dx, dy_block)
         if dy is not None and home is not None:
-            on_their_way.append(ReduceScatter(dy, home[start : start + size], group))
-    for part in on_their_way:
-        part.wait()
+            if on_its_way is not None:
+                on_its_way.wait()
+            on_its_way = ReduceScatter(dy, home[start : start + size], group)
+    if on_its_way is not None:
+        on_its_way.wait()
     return home
 
 

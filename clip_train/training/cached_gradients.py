@@ -1,7 +1,8 @@
 """The gradient of a large batch in the memory of a small one (Gao et al., 2021, arXiv:2101.06983).
 
-The towers encode every micro-batch without keeping activations; the loss is taken once, on all features; then each
-micro-batch is encoded again, with the same random numbers, and backward goes on from its features' gradients.
+The towers encode every micro-batch but the last without keeping activations; the loss is taken once, on all features;
+backward goes on from the features' gradients, through the last micro-batch as it stands and through each of the others
+after it is encoded again, with the same random numbers.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,7 +28,7 @@ def cached_backward(
     """Backward of `loss(*encode(*inputs), **logit_parameters)`, with activations of one micro-batch at a time.
 
     The gradients are those of the loss itself, to rounding; with dropout, those of the masks drawn by micro-batch.
-    Costs one tower forward more than the plain step.
+    Of k micro-batches, k - 1 are encoded twice.
 
     Args:
         encode: inputs to image and text features (b, D).
@@ -45,30 +46,41 @@ def cached_backward(
     device = inputs[0].device
     noise, features = [], []
     with torch.no_grad():
-        for part in parts:
+        for part in parts[:-1]:
             noise.append(_random_state(device))
             features.append(encode(*(tensor[part] for tensor in inputs)))
-    leaves = [torch.cat(side).requires_grad_() for side in zip(*features, strict=True)]
+    encoded = encode(*(tensor[parts[-1]] for tensor in inputs))
+    noise_after = _random_state(device)
+    leaves = [torch.cat(side).detach().requires_grad_() for side in zip(*features, encoded, strict=True)]
     del features
     scalars = {name: tensor.detach().requires_grad_() for name, tensor in logit_parameters.items()}
-    value = loss(*leaves, **scalars)
-    with torch.autocast(device.type, enabled=False):  # which is for forward only
-        grads = torch.autograd.grad(value, [*leaves, *scalars.values()], allow_unused=True)
-    image_grad, text_grad, *scalar_grads = (
-        torch.zeros_like(x) if g is None else g for x, g in zip([*leaves, *scalars.values()], grads)
-    )
-    value = value.detach()  # what the loss kept goes now, before activations come
-    del leaves, grads
-    for number, part in enumerate(parts):
-        last = number == len(parts) - 1
-        _set_random_state(noise[number], device)
-        again = encode(*(tensor[part] for tensor in inputs))
-        surrogate = (again[0] * image_grad[part]).sum() + (again[1] * text_grad[part]).sum()
-        if last:  # every parameter must take part in the one synchronised backward
+    value, (image_grad, text_grad, *scalar_grads) = _loss_and_gradients(loss, leaves, scalars)
+    del leaves
+    for number in reversed(range(len(parts))):  # the last micro-batch first: its activations are there
+        part = parts[number]
+        if encoded is None:
+            _set_random_state(noise[number], device)
+            encoded = encode(*(tensor[part] for tensor in inputs))
+        surrogate = (encoded[0] * image_grad[part]).sum() + (encoded[1] * text_grad[part]).sum()
+        encoded = None
+        if number == 0:  # every parameter must take part in the one synchronised backward
             pairs = zip(logit_parameters.values(), scalar_grads, strict=True)
             surrogate = surrogate + sum(parameter * grad for parameter, grad in pairs)
-        backward(surrogate, last)
+        backward(surrogate, number == 0)
+        del surrogate
+    _set_random_state(noise_after, device)
     return value
+
+
+def _loss_and_gradients(
+    loss: Callable[..., Tensor], leaves: list[Tensor], scalars: dict[str, Tensor]
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, detached, and its gradients: nothing that it kept outlives this."""
+    value = loss(*leaves, **scalars)
+    inputs = [*leaves, *scalars.values()]
+    with torch.autocast(value.device.type, enabled=False):  # which is for forward only
+        grads = torch.autograd.grad(value, inputs, allow_unused=True)
+    return value.detach(), [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads)]
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
