@@ -20,7 +20,7 @@ from clip_train.training.module import ClipModule
 log = logging.getLogger(__name__)
 
 # Bytes left free: for the next batch, the loss's tiles, and because no two steps fragment memory alike.
-_MARGIN = {"cpu": 1 << 26, "cuda": 1 << 29}
+_MARGIN = {"cpu": 1 << 28, "cuda": 1 << 29}
 
 
 class MicroBatchSearch(Callback):
