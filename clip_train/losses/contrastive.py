@@ -35,7 +35,7 @@ from clip_train.losses.tiles import (
 )
 
 _LN_2 = math.log(2)
-# Gradients go home in this many parts, each while the next is computed; no part has fewer rows than a tile.
+# Gradients go home in this many parts, each while the next is computed; parts with fewer rows would make small tiles.
 _PARTS, _LEAST_PART = 4, 512
 
 Group = dist.ProcessGroup | None
