@@ -36,7 +36,7 @@ from clip_train.losses.tiles import (
 
 _LN_2 = math.log(2)
 # Gradients go home in this many parts, each while the next is computed; parts with fewer rows would make small tiles.
-_PARTS, _LEAST_PART = 4, 512
+_PARTS, _LEAST_PART = 8, 512
 
 Group = dist.ProcessGroup | None
 
