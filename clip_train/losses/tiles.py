@@ -222,7 +222,7 @@ def add_sigmoid(
     sums = torch.zeros(2, dtype=torch.float64, device=y.device)
     scratch = Scratch(x, y)
     for xs, x_tile, ys in _tiles(x, y):
-        logits, softplus = scratch.tiles(len(x_tile), ys.stop - ys.start)
+        logits = scratch.tiles(len(x_tile), ys.stop - ys.start)[0]
         _product(x_tile, y[ys].T, out=logits).add_(bias)
         offset = None if diagonal is None else xs.start + diagonal - ys.start
         on_diagonal = _diagonal(logits, offset)  # a view: it follows what happens to the logits
