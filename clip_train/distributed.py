@@ -1,5 +1,6 @@
 """The process group, for code that must also run without one."""
 
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -7,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clip_train.errors import DataError
+
+T = TypeVar("T")
 
 
 def group_size(group: dist.ProcessGroup | None = None) -> int:
@@ -66,13 +69,13 @@ def sum_over_ranks(local: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     return local
 
 
-def gather_strings(local: list[str], group: dist.ProcessGroup | None = None) -> list[str]:
-    """The strings of all ranks, in rank order."""
+def gather_objects(local: list[T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """The entries of all ranks' lists, in rank order."""
     if group_size(group) == 1:
         return local
-    gathered: list[list[str]] = [[] for _ in range(group_size(group))]
+    gathered: list[list[T]] = [[] for _ in range(group_size(group))]
     dist.all_gather_object(gathered, local, group=group)
-    return [string for part in gathered for string in part]
+    return [entry for part in gathered for entry in part]
 
 
 def raise_everywhere(error: str) -> None:
@@ -81,5 +84,5 @@ def raise_everywhere(error: str) -> None:
     Raises:
         DataError: with the first rank's message.
     """
-    if errors := gather_strings([error] if error else []):
+    if errors := gather_objects([error] if error else []):
         raise DataError(errors[0])

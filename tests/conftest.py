@@ -38,7 +38,7 @@ def write_shard(path: Path, samples: Sequence[dict]) -> str:
     """Write a tar as webdataset does."""
     with TarWriter(str(path)) as writer:
         for sample in samples:
-            writer.write({k: json.dumps(v).encode() if k == "json" else v for k, v in sample.items()})
+            writer.write({k: json.dumps(v).encode() if isinstance(v, dict) else v for k, v in sample.items()})
     return str(path)
 
 

@@ -1,176 +1,177 @@
 """Batches as pure functions of where they start, so that workers, resuming and world size cannot change them."""
 
-import signal
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, TypedDict
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, get_worker_info
 
-from clip_train.data.captions import UnusableCaption
-from clip_train.data.images import Augmentation, resize_center_crop
-from clip_train.data.keyed_random import AUGMENTATION, CAPTION_CHOICE, keyed_uniforms
+from clip_train.data.augmentation import Augmentation
+from clip_train.data.captions import UnusableCaption, drop_words
+from clip_train.data.decoding import MAX_IMAGE_PIXELS, EncodedImage, Pixels, UnusableImage
+from clip_train.data.keyed_random import AUGMENTATION, CAPTION_CHOICE, LONG_CAPTION, WORD_DROPOUT, keyed_uniforms
+from clip_train.data.mixture import Mixture
 from clip_train.data.order import SampleOrder
-from clip_train.data.pairs import PairReader
+from clip_train.data.pairs import PairReader, UnusableSample
+from clip_train.data.stages import StageClock
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.errors import DataError
 
 _MAX_CONSECUTIVE_BAD = 100
+_UNUSABLE = (UnusableImage, UnusableCaption, UnusableSample)
+
+
+class BadSample(NamedTuple):
+    """A sample that could not be used.
+
+    Attributes:
+        kind: `image_unreadable`, `image_too_large`, `caption_empty`, `caption_not_utf8`, `caption_missing` or
+            `file_missing`.
+        shard: path or address.
+        key: of the sample in its shard.
+        reason: for people.
+    """
+
+    kind: str
+    shard: str
+    key: str
+    reason: str
 
 
 class Batch(TypedDict):
     """A rank's part of one global batch.
 
-    `bad` names the samples that could not be used and were replaced; `error`, if not empty, says why none could be.
+    `bad` tells of the samples that could not be used and were replaced; `error`, if not empty, says why none could be.
     It travels as data, because an exception in a loader's worker reaches one rank only and would leave the others
-    waiting.
+    waiting. `names` are the samples' shards and numbers, if they were asked for; `seconds` is what each stage of
+    loading took.
     """
 
     image: UInt8[Tensor, "b 3 height width"]
     text: Int64[Tensor, "b context"]
-    bad: list[str]
+    bad: list[BadSample]
     error: str
+    names: list[str]
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
 class TrainBatches(Dataset[Batch]):
-    """The local batch that begins at a position of the stream, for one rank."""
+    """The local batch that begins at a position of the stream, for one rank.
+
+    Attributes:
+        decode: `fast` decodes a JPEG no larger than its crop needs; `exact` in full, as Pillow does.
+        max_image_pixels: larger images are bad samples.
+        word_dropout: share of a caption's words that are left out.
+        with_names: whether batches tell their samples' names.
+    """
 
     reader: PairReader
-    order: SampleOrder
+    order: SampleOrder | Mixture
     augmentation: Augmentation
     tokenizer: ClipTokenizer
     image_size: int
     batch_size: int
     rank: int = 0
     world_size: int = 1
+    decode: str = "fast"
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    word_dropout: float = 0.0
+    with_names: bool = False
 
     def __getitem__(self, start: int) -> Batch:
         """The part of this rank of the global batch `[start, start + batch_size)`."""
+        clock, bad = StageClock(), []
         positions = self.order.rank_positions(start, self.batch_size, self.rank, self.world_size)
-        shards, samples = self.order.locate(positions)
-        seed = self.order.seed
-        draws = keyed_uniforms(AUGMENTATION, seed, positions, count=self.augmentation.num_draws).tolist()
-        choices = keyed_uniforms(CAPTION_CHOICE, seed, positions, count=1)[:, 0].tolist()
-        pixels = np.empty((len(positions), self.image_size, self.image_size, 3), dtype=np.uint8)
-        captions, bad = [], []
+        shards, samples = (numbers.tolist() for numbers in self.order.locate(positions))
+        image = pixel_buffer(len(positions), self.image_size)
         try:
-            for i in range(len(positions)):
-                pixels[i], caption = self._usable(int(shards[i]), int(samples[i]), draws[i], choices[i], bad)
-                captions.append(caption)
+            self.reader.will_need(zip(shards, samples))
+            captions = self._fill(image.numpy(), positions, zip(shards, samples), bad, clock)
+            names = [self.reader.name(*sample) for sample in zip(shards, samples)] if self.with_names else []
         except DataError as error:
-            return Batch(image=torch.empty(0), text=torch.empty(0), bad=bad, error=str(error))
-        return _batch(pixels, self.tokenizer(captions), bad)
+            return failed(str(error), bad)
+        text = self._tokens(captions, positions)
+        clock.lap("tokenize")
+        return assemble(image, text, bad, names, clock.seconds)
+
+    def _fill(
+        self,
+        pixels: UInt8[np.ndarray, "b height width 3"],
+        positions: np.ndarray,
+        samples: Iterable[tuple[int, int]],
+        bad: list[BadSample],
+        clock: StageClock,
+    ) -> list[str]:
+        """Make the pictures; returns the captions."""
+        draws = keyed_uniforms(AUGMENTATION, self.order.seed, positions, count=self.augmentation.num_draws).tolist()
+        choices = keyed_uniforms(CAPTION_CHOICE, self.order.seed, positions, count=1)[:, 0].tolist()
+        captions = []
+        for (shard, sample), out, draw, choice in zip(samples, pixels, draws, choices):
+            clock.lap("collate")
+            crop, caption = self._usable(shard, sample, draw, choice, bad, clock)
+            self.augmentation.finish(crop, draw, out)
+            clock.lap("augment")
+            captions.append(caption)
+        return captions
 
     def _usable(
-        self, shard: int, sample: int, draws: list[float], choice: float, bad: list[str]
-    ) -> tuple[np.ndarray, str]:
-        """The sample, or the next usable one in its shard; the others' names go to `bad`."""
+        self, shard: int, sample: int, draws: list[float], choice: float, bad: list[BadSample], clock: StageClock
+    ) -> tuple[Pixels, str]:
+        """Crop and caption of the sample, or of the next usable one in its shard; the sample itself goes to `bad`."""
         count = self.reader.counts[shard]
         reason: Exception | None = None
         for step in range(min(count, _MAX_CONSECUTIVE_BAD)):
-            neighbour = (sample + step) % count
             try:
-                encoded, captions = self.reader.read(shard, neighbour)
-                pixels = self.augmentation(encoded, self.image_size, draws)
-                return pixels, captions[int(choice * len(captions))]
-            except (OSError, UnusableCaption) as error:
+                pair = self.reader.read(shard, (sample + step) % count)
+                caption = pair.caption(choice)
+                clock.lap("read")
+                image = EncodedImage(pair.image, self.max_image_pixels)
+                crop = self.augmentation.crop(image, self.image_size, draws, fast=self.decode == "fast")
+                clock.lap("decode")
+                return crop, caption
+            except _UNUSABLE as error:
                 reason = error
                 if step == 0:
-                    bad.append(self.reader.key(shard, sample))
-        first, tried = self.reader.key(shard, sample), min(count, _MAX_CONSECUTIVE_BAD)
+                    name, key = self.reader.shard_names[shard], self.reader.key(shard, sample)
+                    bad.append(BadSample(error.kind, name, key, str(error)))
+        first, tried = self.reader.name(shard, sample), min(count, _MAX_CONSECUTIVE_BAD)
         raise DataError(f"{tried} unusable samples in a row, from {first} on ({reason})")
 
-
-@dataclass(frozen=True)
-class EvalBatches(Dataset[Batch]):
-    """Slices of a validation set: fixed crop, first caption. A sample that cannot be used is an error."""
-
-    reader: PairReader
-    tokenizer: ClipTokenizer
-    image_size: int
-
-    def __len__(self) -> int:
-        return len(self.reader)
-
-    def __getitem__(self, indices: range) -> Batch:
-        pixels = np.empty((len(indices), self.image_size, self.image_size, 3), dtype=np.uint8)
-        captions = []
-        try:
-            for i, index in enumerate(indices):
-                encoded, text = self._read(index)
-                pixels[i] = resize_center_crop(encoded, self.image_size)
-                captions.append(text[0])
-        except (OSError, UnusableCaption) as error:
-            name = self.reader.key(*self._locate(indices[len(captions)]))
-            message = f"validation sample {name} cannot be used: {error}"
-            return Batch(image=torch.empty(0), text=torch.empty(0), bad=[name], error=message)
-        return _batch(pixels, self.tokenizer(captions), [])
-
-    def picture_and_caption(self, index: int) -> tuple[np.ndarray, str]:
-        """One sample for people to look at."""
-        encoded, captions = self._read(index)
-        return resize_center_crop(encoded, self.image_size), captions[0]
-
-    def _read(self, index: int):
-        return self.reader.read(*self._locate(index))
-
-    def _locate(self, index: int) -> tuple[int, int]:
-        ends = np.cumsum(self.reader.counts)
-        shard = int(np.searchsorted(ends, index, side="right"))
-        return shard, index - int(ends[shard] - self.reader.counts[shard])
+    def _tokens(self, captions: list[str], positions: np.ndarray) -> Int64[np.ndarray, "b context"]:
+        seed = self.order.seed
+        if self.word_dropout:
+            draws = keyed_uniforms(WORD_DROPOUT, seed, positions, count=1)[:, 0].tolist()
+            captions = [drop_words(caption, self.word_dropout, draw) for caption, draw in zip(captions, draws)]
+        return self.tokenizer(captions, keyed_uniforms(LONG_CAPTION, seed, positions, count=1)[:, 0])
 
 
-def rank_slices(num_samples: int, rank: int, world_size: int, max_batch: int) -> list[range]:
-    """This rank's contiguous part of a set, in as many slices of at most `max_batch` as every other rank has."""
-    first, last = num_samples * rank // world_size, num_samples * (rank + 1) // world_size
-    largest_part = -(-num_samples // world_size)
-    num_slices = -(-largest_part // max_batch)
-    edges = [first + (last - first) * i // num_slices for i in range(num_slices + 1)]
-    return [range(a, b) for a, b in pairwise(edges)]
+def pixel_buffer(count: int, size: int) -> UInt8[Tensor, "count size size 3"]:
+    """Room for pictures; in a loader's worker in shared memory, so that they need not be copied to be sent."""
+    shape = (count, size, size, 3)
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage(0)._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
-class BatchStarts(Sampler[int]):
-    """Where the batches of a run begin, from `samples_seen` on. Endless, so that the trainer alone decides the end."""
-
-    def __init__(self, samples_seen: int, batch_size: int) -> None:
-        self.samples_seen, self.batch_size = samples_seen, batch_size
-
-    def __iter__(self) -> Iterator[int]:
-        start = self.samples_seen
-        while True:
-            yield start
-            start += self.batch_size
-
-
-def make_loader(batches: Dataset[Batch], keys: Iterable, num_workers: int, pin_memory: bool = False) -> DataLoader:
-    """Load `batches[key]` for each key, in order, whatever the number of workers."""
-    return DataLoader(
-        batches,
-        batch_size=None,
-        sampler=keys,
-        num_workers=num_workers,
-        collate_fn=_as_is,
-        pin_memory=pin_memory,
-        worker_init_fn=_init_worker,
-    )
+def assemble(
+    pixels: UInt8[Tensor, "b height width 3"],
+    ids: Int64[np.ndarray, "b context"],
+    bad: Sequence[BadSample] = (),
+    names: Sequence[str] = (),
+    seconds: Mapping[str, float] | None = None,
+) -> Batch:
+    """A batch of what is usable. The pictures become a view: channels last, as the files have them."""
+    image, text = pixels.permute(0, 3, 1, 2), torch.from_numpy(ids)
+    return Batch(image=image, text=text, bad=list(bad), error="", names=list(names), seconds=dict(seconds or {}))
 
 
-def _batch(pixels: UInt8[np.ndarray, "b height width 3"], ids: Int64[np.ndarray, "b context"], bad: list[str]) -> Batch:
-    image = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # a view: channels last, as the files have it
-    return Batch(image=image, text=torch.from_numpy(ids), bad=bad, error="")
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _init_worker(_: int) -> None:
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # schedulers signal every process; the trainer ends its workers itself
+def failed(error: str, bad: Sequence[BadSample] = ()) -> Batch:
+    """What is sent instead of a batch that cannot be made."""
+    return Batch(image=torch.empty(0), text=torch.empty(0), bad=list(bad), error=error, names=[], seconds={})

@@ -1,15 +1,13 @@
 """The built-in demo set, unpacked on first use."""
 
 import hashlib
-import os
 import shutil
 import tarfile
 import tempfile
 from importlib.resources import as_file, files
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
+from clip_train.data.files import user_cache
 from clip_train.errors import DataError
 
 DEMO_SCHEME = "demo:"
@@ -35,7 +33,7 @@ def unpack_demo(url: str) -> str:
 
 def _unpacked(pack: Path, name: str) -> Path:
     digest = hashlib.sha256(pack.read_bytes()).hexdigest()[:12]
-    root = Path(os.environ.get("CLIP_TRAIN_CACHE") or user_cache_path("clip_train")) / "demo"
+    root = user_cache() / "demo"
     target = root / f"{name}-{digest}"
     if target.is_dir():
         return target

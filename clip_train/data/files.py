@@ -3,6 +3,13 @@
 import os
 from pathlib import Path
 
+from platformdirs import user_cache_path
+
+
+def user_cache() -> Path:
+    """Where the user's copies of data go: `CLIP_TRAIN_CACHE`, if set."""
+    return Path(os.environ.get("CLIP_TRAIN_CACHE") or user_cache_path("clip_train"))
+
 
 def write_atomic(path: str | Path, content: bytes) -> None:
     """Write `content` so that a crash, or another process writing the same, never leaves half of it under `path`."""

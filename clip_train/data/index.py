@@ -10,7 +10,6 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +28,7 @@ ABSENT = -1
 class ShardIndex:
     """Where the files of one shard's samples lie.
 
-    `extents[i, j]` is the (offset, size) of sample i's file with extension `extensions[j]`; an offset of `ABSENT` means
+    `read_extents()[i, j]` is the (offset, size) of sample i's file with extension `extensions[j]`; an offset of `ABSENT` means
     that the sample has none. `files_per_extension[j]` counts the samples that have one.
     """
 
@@ -39,8 +38,8 @@ class ShardIndex:
     num_samples: int
     _source: "np.ndarray | tuple[str, int]"
 
-    @cached_property
-    def extents(self) -> Int64[np.ndarray, "samples extensions 2"]:
+    def read_extents(self) -> Int64[np.ndarray, "samples extensions 2"]:
+        """The extents, mapped into memory; not kept, as a process can map some 65,000 files."""
         if isinstance(self._source, np.ndarray):
             return self._source
         path, offset = self._source
@@ -76,6 +75,12 @@ def load_index(shard: str, cache_dir: str | None = None) -> ShardIndex:
     stamp = {"format": _FORMAT, "tar_size": str(status.st_size), "tar_time_ns": str(status.st_mtime_ns)}
     path = _cache_path(shard, cache_dir)
     return _read(path, shard, stamp) or _build(path, shard, stamp)
+
+
+def cached_count(shard: str, cache_dir: str) -> int | None:
+    """The number of samples by the index that was cached for `shard`, even if the shard is no longer there."""
+    index = _read(_cache_path(shard, cache_dir), shard, {"format": _FORMAT})
+    return index.num_samples if index else None
 
 
 def _cache_path(shard: str, cache_dir: str | None) -> Path:

@@ -2,55 +2,117 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from clip_train.data.captions import CaptionKey, UnusableCaption
+from clip_train.data.captions import CaptionSource, UnusableCaption
 from clip_train.data.index import ABSENT, ShardIndex
 from clip_train.errors import DataError
 
-_MAX_OPEN_FILES = 256
+_MAX_OPEN_SHARDS = 256
 _PROBED_SAMPLES = 100
+_WORTH_READING_OVER = 1 << 16  # bytes between two files of a sample that cost less than a second call
+
+
+class UnusableSample(ValueError):
+    """A sample without one of its files.
+
+    Attributes:
+        kind: `file_missing`.
+    """
+
+    kind = "file_missing"
+
+
+class RemoteShard(Protocol):
+    """A shard that is brought here when it is first read."""
+
+    shard: str
+    count: int
+
+    def open(self) -> tuple[int, ShardIndex]:
+        """A descriptor of a local copy, which stays while it is open, and its index. Raises DataError."""
+        ...
 
 
 class Pair(NamedTuple):
-    """One sample, still encoded. `captions` holds at least one text."""
+    """One sample, still encoded, and what knows how to find a caption in its files."""
 
     image: bytes
-    captions: list[str]
+    files: Mapping[str, bytes]
+    captions: CaptionSource
+
+    def caption(self, draw: float) -> str:
+        """One of its captions, by a number in [0, 1). Raises UnusableCaption if it has none one could train on."""
+        return self.captions.draw(self.files, draw)
+
+    def first_caption(self) -> str:
+        """The one evaluation takes. Raises UnusableCaption."""
+        return self.captions.first(self.files)
+
+
+class _Keys(NamedTuple):
+    """Which files of a sample matter, and where in the config that is said."""
+
+    images: list[str]
+    captions: CaptionSource
+    caption_key: str | Mapping[str, float]
+    setting: str
+
+
+class _OpenShard(NamedTuple):
+    descriptor: int
+    extensions: tuple[str, ...]
+    extents: np.ndarray
+    rows: np.ndarray | None  # the complete samples; None for all
 
 
 class PairReader:
     """Reads (shard, sample) as an encoded image and its captions.
 
-    A sample without the image or the caption file does not count as a sample; `num_incomplete` says how many there
+    A sample without the image or any caption file does not count as a sample; `num_incomplete` says how many there
     are. A whole shard without one of them is an error.
 
     Args:
-        indexes: from `load_indexes`.
+        shards: from `load_indexes`, or shards elsewhere.
         image_key: extensions that hold the image, `;` between them; the first that a sample has is taken.
-        caption_key: see `CaptionKey`.
+        caption_key: see `CaptionSource`.
         setting: where the two keys are in the config, for errors.
 
     Raises:
         DataError: a shard has no images or no captions under these keys.
     """
 
-    def __init__(self, indexes: Sequence[ShardIndex], image_key: str, caption_key: str, setting: str = "data") -> None:
-        self._indexes = list(indexes)
-        self._setting = setting
-        self._image_extensions = image_key.split(";")
-        self._caption_key = CaptionKey.parse(caption_key)
-        self._rows = [self._complete_rows(index) for index in self._indexes]
-        self.counts = [
-            index.num_samples if rows is None else len(rows) for index, rows in zip(self._indexes, self._rows)
-        ]
-        self.num_incomplete = sum(index.num_samples for index in self._indexes) - sum(self.counts)
-        self._files: OrderedDict[int, int] = OrderedDict()
-        self._check_caption_path()
+    def __init__(
+        self,
+        shards: Sequence[ShardIndex | RemoteShard],
+        image_key: str,
+        caption_key: str | Mapping[str, float],
+        setting: str = "data",
+    ) -> None:
+        keys = _Keys(image_key.split(";"), CaptionSource.parse(caption_key), caption_key, setting)
+        self._shards = list(shards)
+        self._keys = [keys] * len(self._shards)
+        self.counts = [_count(shard, keys) for shard in self._shards]
+        local = [shard for shard in self._shards if isinstance(shard, ShardIndex)]
+        self.num_incomplete = sum(s.num_samples for s in local) - sum(_count(s, keys) for s in local)
+        self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        if local:
+            self._check_caption_path(keys)
+
+    @classmethod
+    def join(cls, readers: Sequence["PairReader"]) -> "PairReader":
+        """One reader over the shards of all, in their order."""
+        joined = cls.__new__(cls)
+        joined._shards = [shard for reader in readers for shard in reader._shards]
+        joined._keys = [keys for reader in readers for keys in reader._keys]
+        joined.counts = [count for reader in readers for count in reader.counts]
+        joined.num_incomplete = sum(reader.num_incomplete for reader in readers)
+        joined._open_shards = OrderedDict()
+        return joined
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -59,74 +121,149 @@ class PairReader:
         """Read one pair.
 
         Raises:
-            UnusableCaption: it has no caption one could train on.
-            OSError: the shard cannot be read any more.
+            UnusableSample: a shard elsewhere has fewer samples than it was said to have.
+            DataError: the shard cannot be read any more.
         """
-        row = self._row(shard, sample)
-        captions = self._caption_key.read(self._content(shard, row, [self._caption_key.extension]))
-        return Pair(self._content(shard, row, self._image_extensions), captions)
+        keys = self._keys[shard]
+        extents = self._extents(shard, sample)
+        contents = self._contents(shard, extents)
+        image = next(extension for extension in keys.images if extension in contents)
+        return Pair(contents.pop(image), contents, keys.captions)
+
+    def will_need(self, samples: Iterable[tuple[int, int]]) -> None:
+        """Tell the system that these (shard, sample) will be read next, so that it fetches them meanwhile."""
+        for shard, sample in samples:
+            try:
+                for offset, size in self._extents(shard, sample).values():
+                    os.posix_fadvise(self._open(shard).descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+            except UnusableSample:
+                continue  # reading it will say so
+
+    def name(self, shard: int, sample: int) -> str:
+        """Shard and number in it: `00000.tar[17]`, with the shard's whole path."""
+        rows = self._open(shard).rows
+        return f"{self._shards[shard].shard}[{sample if rows is None or sample >= len(rows) else int(rows[sample])}]"
+
+    @property
+    def shard_names(self) -> list[str]:
+        """The path or address of each shard."""
+        return [shard.shard for shard in self._shards]
 
     def key(self, shard: int, sample: int) -> str:
-        """The name of a sample, for people: shard and sample number in it."""
-        return f"{self._indexes[shard].shard}[{self._row(shard, sample)}]"
+        """The sample's key: its files' name up to the first dot, as the header before a file has it."""
+        try:
+            offset, _ = next(iter(self._extents(shard, sample).values()))
+        except UnusableSample:
+            return ""
+        header = os.pread(self._open(shard).descriptor, 100, offset - 512)
+        return header.split(b"\0", 1)[0].decode("utf-8", "replace").rpartition("/")[2].partition(".")[0]
 
-    def _row(self, shard: int, sample: int) -> int:
-        rows = self._rows[shard]
-        return sample if rows is None else int(rows[sample])
+    def _extents(self, shard: int, sample: int) -> dict[str, tuple[int, int]]:
+        """(offset, size) of the image, under its extension, and of the caption files."""
+        opened, keys = self._open(shard), self._keys[shard]
+        complete = len(opened.extents) if opened.rows is None else len(opened.rows)
+        if sample >= complete:
+            raise UnusableSample(f"{self._shards[shard].shard} has {complete} samples, not {self.counts[shard]}")
+        row = opened.extents[sample if opened.rows is None else opened.rows[sample]]
+        present = {
+            extension: (int(offset), int(size))
+            for extension, (offset, size) in zip(opened.extensions, row)
+            if offset != ABSENT
+        }
+        image = next(extension for extension in keys.images if extension in present)
+        wanted = (image, *(extension for extension in keys.captions.extensions if extension in present))
+        return {extension: present[extension] for extension in wanted}
 
-    def _content(self, shard: int, row: int, extensions: Sequence[str]) -> bytes:
-        index = self._indexes[shard]
-        for extension in extensions:
-            if extension in index.extensions:
-                offset, size = index.extents[row, index.extensions.index(extension)]
-                if offset != ABSENT:
-                    return os.pread(self._file(shard), int(size), int(offset))
-        raise DataError(f"{index.shard}[{row}] has no {' or '.join(extensions)}")
+    def _contents(self, shard: int, extents: Mapping[str, tuple[int, int]]) -> dict[str, bytes]:
+        """The files' bytes, by one call if they lie close together, as those of a sample do."""
+        start = min(offset for offset, _ in extents.values())
+        length = max(offset + size for offset, size in extents.values()) - start
+        if length > sum(size for _, size in extents.values()) + _WORTH_READING_OVER:
+            return {extension: self._pread(shard, size, offset) for extension, (offset, size) in extents.items()}
+        block = self._pread(shard, length, start)
+        return {ext: block[offset - start : offset - start + size] for ext, (offset, size) in extents.items()}
 
-    def _file(self, shard: int) -> int:
-        if shard not in self._files:
-            if len(self._files) >= _MAX_OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(self._indexes[shard].shard, os.O_RDONLY)
-        self._files.move_to_end(shard)
-        return self._files[shard]
+    def _pread(self, shard: int, size: int, offset: int) -> bytes:
+        name = self._shards[shard].shard
+        try:
+            content = os.pread(self._open(shard).descriptor, size, offset)
+        except OSError as error:
+            raise DataError(f"shard {name} cannot be read any more: {error.strerror}") from error
+        if len(content) < size:
+            raise DataError(f"shard {name} has become shorter since it was indexed: do not change shards in use")
+        return content
+
+    def _open(self, shard: int) -> _OpenShard:
+        if shard not in self._open_shards:
+            if len(self._open_shards) >= _MAX_OPEN_SHARDS:
+                os.close(self._open_shards.popitem(last=False)[1].descriptor)
+            self._open_shards[shard] = _opened(self._shards[shard], self._keys[shard])
+        self._open_shards.move_to_end(shard)
+        return self._open_shards[shard]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_files": OrderedDict()}  # descriptors do not travel to another process
+        return {**self.__dict__, "_open_shards": OrderedDict()}  # descriptors do not travel to another process
 
-    def _complete_rows(self, index: ShardIndex) -> np.ndarray | None:
-        """The samples with image and caption; None for all, known without reading the index."""
-        images = [extension for extension in self._image_extensions if extension in index.extensions]
-        caption = self._caption_key.extension
-        found = f"found: {', '.join(index.extensions)}"
-        if not images:
-            wanted = ";".join(self._image_extensions)
-            raise DataError(f"shard {index.shard} has no images under {self._setting}.image_key={wanted} ({found})")
-        if caption not in index.extensions:
-            raise DataError(
-                f"shard {index.shard} has no captions under {self._setting}.caption_key={caption} ({found})"
-            )
-        count = dict(zip(index.extensions, index.files_per_extension))
-        if count[caption] == index.num_samples and any(count[image] == index.num_samples for image in images):
-            return None
-        present = index.extents[:, :, 0] != ABSENT
-        has_image = present[:, [index.extensions.index(image) for image in images]].any(axis=1)
-        rows = np.flatnonzero(has_image & present[:, index.extensions.index(caption)])
-        if len(rows) == 0:
-            raise DataError(f"shard {index.shard} has no sample with both an image and a {caption} caption ({found})")
-        return rows
-
-    def _check_caption_path(self) -> None:
+    def _check_caption_path(self, keys: _Keys) -> None:
         """A wrong `json:` path is wrong everywhere: say so before the first step."""
-        if not self._caption_key.path or not self._indexes:
-            return
+        shard = next(number for number, shard in enumerate(self._shards) if isinstance(shard, ShardIndex))
         reason: Exception | None = None
-        for sample in range(min(_PROBED_SAMPLES, self.counts[0])):
+        for sample in range(min(_PROBED_SAMPLES, self.counts[shard])):
             try:
-                self.read(0, sample)
+                self.read(shard, sample).first_caption()
                 return
             except UnusableCaption as error:
+                if error.kind != "caption_missing":
+                    return
                 reason = error
-        name = Path(self._indexes[0].shard).name
-        wanted = f"{self._caption_key.extension}:{'.'.join(self._caption_key.path)}"
-        raise DataError(f"{self._setting}.caption_key={wanted}: the first samples of {name} have {reason}")
+        name = Path(self._shards[shard].shard).name
+        raise DataError(f"{keys.setting}.caption_key={keys.caption_key}: the first samples of {name} have {reason}")
+
+
+def _count(shard: ShardIndex | RemoteShard, keys: _Keys) -> int:
+    if not isinstance(shard, ShardIndex):
+        return shard.count
+    rows = _complete_rows(shard, keys)
+    return shard.num_samples if rows is None else len(rows)
+
+
+def _opened(shard: ShardIndex | RemoteShard, keys: _Keys) -> _OpenShard:
+    if isinstance(shard, ShardIndex):
+        try:
+            descriptor, index = os.open(shard.shard, os.O_RDONLY), shard
+        except OSError as error:
+            raise DataError(f"shard {shard.shard} cannot be read any more: {error.strerror}") from error
+    else:
+        descriptor, index = shard.open()
+    return _OpenShard(descriptor, index.extensions, index.read_extents(), _complete_rows(index, keys))
+
+
+def _complete_rows(index: ShardIndex, keys: _Keys) -> np.ndarray | None:
+    """The samples with image and caption; None for all, known without reading the index.
+
+    Raises:
+        DataError: there are none.
+    """
+    images = [extension for extension in keys.images if extension in index.extensions]
+    captions = [extension for extension in keys.captions.extensions if extension in index.extensions]
+    found = f"found: {', '.join(index.extensions)}"
+    if not images:
+        wanted = ";".join(keys.images)
+        raise DataError(f"shard {index.shard} has no images under {keys.setting}.image_key={wanted} ({found})")
+    if not captions:
+        raise DataError(
+            f"shard {index.shard} has no captions under {keys.setting}.caption_key={keys.caption_key} ({found})"
+        )
+    count = dict(zip(index.extensions, index.files_per_extension))
+    if all(any(count[e] == index.num_samples for e in extensions) for extensions in (images, captions)):
+        return None
+    present = index.read_extents()[:, :, 0] != ABSENT
+    has_image, has_caption = (
+        present[:, [index.extensions.index(extension) for extension in extensions]].any(axis=1)
+        for extensions in (images, captions)
+    )
+    rows = np.flatnonzero(has_image & has_caption)
+    if len(rows) == 0:
+        wanted = " or ".join(captions)
+        raise DataError(f"shard {index.shard} has no sample with both an image and a {wanted} caption ({found})")
+    return rows

@@ -2,7 +2,9 @@
 
 import gzip
 import html
+import re
 from collections.abc import Sequence
+from functools import cache
 from importlib.resources import files
 
 import ftfy
@@ -10,6 +12,9 @@ import numpy as np
 from jaxtyping import Int64
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 
+from clip_train.errors import ConfigError
+
+LONG_CAPTIONS = ("truncate", "random_crop", "sentence")
 VOCAB_SIZE = 49408
 START_TOKEN, END_TOKEN = "<start_of_text>", "<end_of_text>"
 START_ID, END_ID = VOCAB_SIZE - 2, VOCAB_SIZE - 1
@@ -17,25 +22,62 @@ _NUM_MERGES = VOCAB_SIZE - 2 - 512  # 256 bytes, each alone and at the end of a 
 # The original pattern ignores case. Captions are lower-cased before, so that this shows in two characters only: the
 # long s matches 's', and U+0345 (a mark whose capital is a letter) matches neither class and is dropped.
 _WORDS = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{0345}]+"
+_SENTENCE_END = re.compile(r"""(?<=[.!?]) |(?<=[.!?]["'”’)]) |(?<=[。！？])""")
 
 
 class ClipTokenizer:
     """Captions to token ids, equal to OpenAI's and open_clip's.
 
     Args:
-        context_length: ids per caption; longer captions are cut and keep the end token, shorter are padded with 0.
+        context_length: ids per caption, start and end token included; shorter captions are padded with 0.
+        long_captions: what is kept of a caption with more ids than that. `truncate`: the beginning, as the originals
+            do; `random_crop`: as many consecutive ids, from anywhere; `sentence`: whole sentences, from any one on.
+
+    Raises:
+        ConfigError: `long_captions` is none of these.
     """
 
-    def __init__(self, context_length: int = 77) -> None:
-        self.context_length = context_length
+    def __init__(self, context_length: int = 77, long_captions: str = "truncate") -> None:
+        if long_captions not in LONG_CAPTIONS:
+            raise ConfigError(f"data.long_captions={long_captions} is none of {', '.join(LONG_CAPTIONS)}")
+        self.context_length, self.long_captions = context_length, long_captions
         self._tokenizer = _byte_pair_tokenizer()
-        self._tokenizer.enable_truncation(context_length)
-        self._tokenizer.enable_padding(length=context_length, pad_id=0)
 
-    def __call__(self, captions: Sequence[str]) -> Int64[np.ndarray, "captions context"]:
-        encodings = self._tokenizer.encode_batch_fast([clean_caption(caption) for caption in captions])
-        ids = [encoding.ids for encoding in encodings]
-        return np.array(ids, dtype=np.int64).reshape(len(captions), self.context_length)
+    def __call__(
+        self, captions: Sequence[str], draws: Sequence[float] | None = None
+    ) -> Int64[np.ndarray, "captions context"]:
+        """Tokenize a batch.
+
+        Args:
+            captions: any text.
+            draws: a number in [0, 1) for each, that decides what is kept of a long caption. Without, its beginning is.
+        """
+        cleaned = [clean_caption(caption) for caption in captions]
+        encodings = self._tokenizer.encode_batch_fast(cleaned)
+        ids = np.zeros((len(captions), self.context_length), dtype=np.int64)
+        for i, encoding in enumerate(encodings):
+            row = encoding.ids
+            if len(row) > self.context_length:
+                row = [START_ID, *self._shortened(cleaned[i], row[1:-1], None if draws is None else draws[i]), END_ID]
+            ids[i, : len(row)] = row
+        return ids
+
+    def _shortened(self, caption: str, ids: list[int], draw: float | None) -> list[int]:
+        """At most `context_length - 2` ids of a cleaned caption that has more."""
+        room = self.context_length - 2
+        if draw is None or self.long_captions == "truncate":
+            return ids[:room]
+        if self.long_captions == "random_crop":
+            first = int(draw * (len(ids) - room + 1))
+            return ids[first : first + room]
+        sentences = [sentence for sentence in _SENTENCE_END.split(caption) if sentence]
+        sentences = sentences[int(draw * len(sentences)) :]
+        kept: list[int] = []
+        for encoding in self._tokenizer.encode_batch_fast(sentences, add_special_tokens=False):
+            if kept and len(kept) + len(encoding.ids) > room:
+                break
+            kept += encoding.ids
+        return kept[:room]
 
 
 def clean_caption(caption: str) -> str:
@@ -45,6 +87,7 @@ def clean_caption(caption: str) -> str:
     return " ".join(caption.split()).lower()
 
 
+@cache  # it takes a tenth of a second, and nothing changes it
 def _byte_pair_tokenizer() -> Tokenizer:
     merges = _read_merges()
     letters = _byte_letters()

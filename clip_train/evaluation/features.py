@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clip_train.data.batches import EvalBatches, make_loader, rank_slices
+from clip_train.data.eval_batches import EvalBatches, rank_slices
+from clip_train.data.loader import make_loader
 from clip_train.distributed import gather_ragged, group_rank, group_size, raise_everywhere
 from clip_train.models import DualEncoder
 

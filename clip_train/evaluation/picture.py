@@ -7,7 +7,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from clip_train.data.batches import EvalBatches
+from clip_train.data.eval_batches import EvalBatches
 from clip_train.evaluation.features import Features
 
 matplotlib.use("Agg")

@@ -10,35 +10,31 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from clip_train.data.batches import Batch
-from clip_train.distributed import gather_strings, group_size, host_group
+from clip_train.distributed import gather_objects, group_size, host_group
 from clip_train.errors import DataError
-from clip_train.training.metrics import TrainMetrics
+from clip_train.training.bad_samples import BadSamples
 from clip_train.training.module import ClipModule
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_NAMED_KEYS = 5
-_GRACE_SAMPLES = 1000
 
 
 class RankAgreement(Callback):
     """Ends the run at the end of a step that all ranks finish, whichever rank got the signal or the bad sample.
 
-    One reduction of three integers per step, through the host, so that it does not wait for the accelerator. A second
-    SIGINT stops at once.
+    One reduction of three integers per step, through the host, so that it does not wait for the accelerator; bad
+    samples, which are rare, are gathered. A second SIGINT stops at once.
 
     Args:
-        metrics: told the number of bad samples.
-        max_bad_fraction: share of the samples seen that may be unusable; of the first 1000, the share of 1000.
+        bad_samples: told of every rank's.
 
     Attributes:
         stopped_by_signal: the run was cut short and can be resumed.
     """
 
-    def __init__(self, metrics: TrainMetrics, max_bad_fraction: float) -> None:
-        self.metrics, self.max_bad_fraction = metrics, max_bad_fraction
+    def __init__(self, bad_samples: BadSamples) -> None:
+        self.bad_samples = bad_samples
         self.stopped_by_signal = False
         self._signalled = False
-        self._bad_keys: list[str] = []
         self._group: Any = None
 
     def setup(self, trainer, pl_module, stage) -> None:
@@ -56,17 +52,12 @@ class RankAgreement(Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: ClipModule, batch: Batch, batch_idx: int) -> None:
         failed, signalled, bad = self._sum([bool(batch["error"]), self._signalled, len(batch["bad"])])
-        self._bad_keys = (self._bad_keys + batch["bad"])[:_NAMED_KEYS]
         if failed:
-            raise DataError(gather_strings([batch["error"]] if batch["error"] else [], self._group)[0])
-        self.metrics.bad_samples += bad
-        seen = pl_module.samples_seen + pl_module.clock.batch_size
-        if self.metrics.bad_samples > self.max_bad_fraction * max(seen, _GRACE_SAMPLES):
-            keys = ", ".join(gather_strings(self._bad_keys, self._group)[:_NAMED_KEYS])
-            raise DataError(
-                f"{self.metrics.bad_samples} of {seen} samples cannot be used, more than"
-                f" data.max_bad_fraction={self.max_bad_fraction:g}; first: {keys}"
-            )
+            raise DataError(gather_objects([batch["error"]] if batch["error"] else [], self._group)[0])
+        if bad:
+            found = gather_objects(batch["bad"], self._group)
+            samples_seen = pl_module.samples_seen + pl_module.clock.batch_size
+            self.bad_samples.add(found, samples_seen, write=trainer.is_global_zero)
         if signalled:
             self.stopped_by_signal = True
             trainer.should_stop = True  # after this step

@@ -5,6 +5,8 @@ from numbers import Real
 
 from omegaconf import DictConfig, OmegaConf
 
+from clip_train.data.preprocessing import INTERPOLATIONS, RESIZE_MODES
+from clip_train.data.tokenizer import LONG_CAPTIONS
 from clip_train.errors import ConfigError
 from clip_train.models.dual_encoder import INITIAL_LOGIT_SCALE
 from clip_train.training.launch import World
@@ -17,6 +19,10 @@ _NUMBERS: tuple[tuple[str, type, float], ...] = (
     ("data.lanes", int, 1),
     ("data.shuffle_window", int, 1),
     ("data.max_bad_fraction", Real, 0),
+    ("data.max_image_pixels", int, 1),
+    ("data.word_dropout", Real, 0),
+    ("data.retries", int, 0),
+    ("data.timeout", Real, 0),
     ("model.image_size", int, 1),
     ("model.embed_dim", int, 1),
     ("model.text.context_length", int, 2),
@@ -36,6 +42,10 @@ _LN_100 = math.log(100)
 _CHOICES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("trainer.precision", ("32", "bf16-mixed", "16-mixed", "bf16-true")),
     ("trainer.strategy", ("auto", "ddp")),
+    ("data.decode", ("fast", "exact")),
+    ("data.long_captions", LONG_CAPTIONS),
+    ("data.val.resize_mode", RESIZE_MODES),
+    ("data.val.interpolation", tuple(INTERPOLATIONS)),
 )
 _LOSS_CHOICES = (
     ("loss.exchange", ("gather", "ring")),

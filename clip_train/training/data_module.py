@@ -1,19 +1,30 @@
 """The training stream and the validation sets of a config."""
 
+import hashlib
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 from torch.utils.data import DataLoader
 
-from clip_train.data.batches import BatchStarts, EvalBatches, TrainBatches, make_loader
-from clip_train.data.images import Augmentation
-from clip_train.data.index import load_indexes
-from clip_train.data.order import SampleOrder
+from clip_train.data.augmentation import Augmentation
+from clip_train.data.batches import TrainBatches
+from clip_train.data.eval_batches import EvalBatches
+from clip_train.data.files import user_cache
+from clip_train.data.index import ShardIndex
+from clip_train.data.loader import BatchStarts, make_loader
+from clip_train.data.mixture import Mixture
 from clip_train.data.pairs import PairReader
+from clip_train.data.remote import scheme_of
+from clip_train.data.remote_shards import StagedShard, open_shards
+from clip_train.data.shard_cache import parse_bytes
 from clip_train.data.shards import expand_shards
+from clip_train.data.sources import open_sources, order_sources
+from clip_train.data.staging import Stager
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.errors import ConfigError, DataError
 from clip_train.training.launch import World, cpus_per_process
@@ -43,25 +54,75 @@ class ClipDataModule(L.LightningDataModule):
         super().__init__()
         self.world, self.batch_size = world, batch_size
         self.num_workers = _num_workers(data["num_workers"], world)
-        tokenizer = ClipTokenizer(context_length)
-        reader = _open("data.train", data["train"]["shards"], data, "data", world)
+        self._cache_dir = data["cache_dir"]
+        cache_size = parse_bytes(data["cache_size"], "data.cache_size")
+        self.stager = Stager(self._cache_dir or user_cache(), cache_size, data["retries"], data["timeout"])
+        train = data["train"]
+        self.sources = open_sources(
+            train["shards"],
+            data["image_key"],
+            data["caption_key"],
+            lambda pattern: self._open_shards(pattern, "data.train.shards"),
+            "data",
+        )
         self.batches = TrainBatches(
-            reader=reader,
-            order=SampleOrder(reader.counts, seed=seed, lanes=data["lanes"], window=data["shuffle_window"]),
+            reader=PairReader.join(list(self.sources.values())),
+            order=order_sources(
+                self.sources, train["weights"], seed=seed, lanes=data["lanes"], window=data["shuffle_window"]
+            ),
             augmentation=Augmentation(**data["augmentation"]),
-            tokenizer=tokenizer,
+            tokenizer=ClipTokenizer(context_length, data["long_captions"]),
             image_size=image_size,
             batch_size=batch_size,
             rank=world.rank,
             world_size=world.size,
+            decode=data["decode"],
+            max_image_pixels=data["max_image_pixels"],
+            word_dropout=data["word_dropout"],
+            with_names=data["sample_log"],
         )
         val = {**data, **{key: value for key, value in data["val"].items() if value is not None}}
         self.val_sets = {
             name: EvalBatches(
-                _complete(_open("data.val", patterns, val, "data.val", world), name), tokenizer, image_size
+                self._open_val(name, patterns, val),
+                ClipTokenizer(context_length),
+                image_size,
+                val["resize_mode"],
+                val["interpolation"],
             )
             for name, patterns in _named_sets(data["val"]["shards"]).items()
         }
+
+    def _open_shards(self, patterns: str | Sequence[str], setting: str) -> list[ShardIndex | StagedShard]:
+        shards = expand_shards(patterns, setting)
+        return open_shards(shards, self.stager, self._cache_dir, self.world.rank, self.world.size)
+
+    def _open_val(self, name: str, patterns: str | Sequence[str], val: Mapping[str, Any]) -> PairReader:
+        shards = self._open_shards(patterns, "data.val.shards")
+        reader = PairReader(shards, val["image_key"], val["caption_key"], "data.val")
+        if reader.num_incomplete:
+            raise DataError(f"validation set {name}: {reader.num_incomplete} samples lack an image or a caption")
+        return reader
+
+    def metrics(self, samples_seen: int) -> dict[str, float]:
+        """How often a mixture has gone through each of its sources; how often this process had to fetch again."""
+        order, metrics = self.batches.order, {}
+        if isinstance(order, Mixture):
+            metrics = {f"data/epochs/{name}": passed for name, passed in zip(self.sources, order.epochs(samples_seen))}
+        if self.has_remote_shards:
+            metrics["data/staging_retries"] = float(self.stager.num_retries)
+        return metrics
+
+    @cached_property
+    def has_remote_shards(self) -> bool:
+        """Whether training reads shards that have to be fetched."""
+        return any(scheme_of(name) for name in self.batches.reader.shard_names)
+
+    def fingerprint(self) -> str:
+        """Differs where shards, their sizes, or their order differ."""
+        reader = self.batches.reader
+        names = [name.rpartition("/")[2] for name in reader.shard_names]  # nodes may mount them in different places
+        return hashlib.sha256(json.dumps([names, reader.counts]).encode()).hexdigest()[:16]
 
     @property
     def num_samples(self) -> int:
@@ -74,18 +135,6 @@ class ClipDataModule(L.LightningDataModule):
         starts = BatchStarts(module.samples_seen, self.batch_size)
         pin_memory = self.world.accelerator == "gpu"
         return make_loader(self.batches, starts, self.num_workers, pin_memory)
-
-
-def _open(source: str, patterns, data: Mapping[str, Any], keys: str, world: World) -> PairReader:
-    shards = expand_shards(patterns, f"{source}.shards")
-    indexes = load_indexes(shards, data["cache_dir"], world.rank, world.size)
-    return PairReader(indexes, data["image_key"], data["caption_key"], setting=keys)
-
-
-def _complete(reader: PairReader, name: str) -> PairReader:
-    if reader.num_incomplete:
-        raise DataError(f"validation set {name}: {reader.num_incomplete} samples lack an image or a caption")
-    return reader
 
 
 def _named_sets(shards: str | list[str] | Mapping[str, str] | None) -> dict[str, str | list[str]]:

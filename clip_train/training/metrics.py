@@ -1,8 +1,9 @@
 """What a run reports: every step's metrics, read from the device every few steps."""
 
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import lightning as L
@@ -11,7 +12,12 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from clip_train.training.csv_logger import CsvLogger
+from clip_train.training.loader_times import LoaderTimes
 from clip_train.training.module import ClipModule
+
+log = logging.getLogger(__name__)
+
+DataMetrics = Callable[[int], dict[str, float]]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -31,15 +37,21 @@ class TrainMetrics(Callback):
 
     Scalars stay on the device for `log_every` steps, so that a step does not wait for the device.
 
+    Args:
+        log_every: steps between two readings.
+        batch_size: pairs per step.
+        data_metrics: what else to log of the data, after so many samples seen.
+        loader_times: told what each batch cost; logged, and a hint when training waits for data.
+
     Attributes:
         latest: the last values read, for the progress display and the summary.
         samples_per_second: over the whole run, without saving, evaluating, and the first step (it warms caches up).
     """
 
-    def __init__(self, log_every: int, batch_size: int) -> None:
+    def __init__(self, log_every: int, batch_size: int, data_metrics: DataMetrics, loader_times: LoaderTimes) -> None:
         self.log_every, self.batch_size = log_every, batch_size
+        self.data_metrics, self.loader_times = data_metrics, loader_times
         self.latest: dict[str, float] = {}
-        self.bad_samples = 0
         self._pending: list[tuple[int, int, dict[str, Tensor | float]]] = []
         self._step_end = self._first_step_end = 0.0
         self._window_start, self._waited, self._steps_timed = 0.0, 0.0, 0
@@ -59,7 +71,8 @@ class TrainMetrics(Callback):
         self._waited += time.perf_counter() - self._step_end
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ClipModule, outputs, batch, batch_idx) -> None:
-        metrics = {**pl_module.step_metrics, "data/bad_samples": float(self.bad_samples)}
+        metrics = {**pl_module.step_metrics, **self.data_metrics(pl_module.samples_seen)}
+        self.loader_times.add(batch["seconds"], len(batch["image"]))
         self._pending.append((trainer.global_step, pl_module.samples_seen, metrics))
         if len(self._pending) >= self.log_every or trainer.should_stop or not self.latest:
             self.flush(trainer)
@@ -71,12 +84,6 @@ class TrainMetrics(Callback):
 
     def on_train_end(self, trainer, pl_module) -> None:
         self.flush(trainer)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"bad_samples": self.bad_samples}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        self.bad_samples = state_dict["bad_samples"]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -102,13 +109,17 @@ class TrainMetrics(Callback):
         speed = {
             "train/samples_per_second": len(self._pending) * self.batch_size / elapsed,
             "train/data_wait_fraction": self._waited / elapsed,
+            **self.loader_times.metrics(),
         }
         for (step, samples_seen, _), row in zip(self._pending, rows, strict=True):
             self.latest = {**row, **speed}
             log_metrics(trainer, samples_seen, self.latest, step)
             _check_finite(row, step, samples_seen, skips_overflow=trainer.precision == "16-mixed")
+        if trainer.is_global_zero and (hint := self.loader_times.hint(self._waited / elapsed)):
+            log.info("%s", hint)
         self._pending = []
         self._window_start, self._waited = now, 0.0
+        self.loader_times.forget()
 
 
 def _check_finite(row: dict[str, float], step: int, samples_seen: int, skips_overflow: bool) -> None:

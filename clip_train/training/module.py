@@ -1,5 +1,6 @@
 """The LightningModule: one step of contrastive training, and the clock of the run."""
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import cast
@@ -97,6 +98,11 @@ class ClipModule(L.LightningModule):
         # Lightning's step is under autocast, which is for forward only.
         with local, torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        start = time.perf_counter()
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return {**moved, "seconds": {**batch["seconds"], "transfer": time.perf_counter() - start}}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         settings = {name: self.optim[name] for name in ("lr", "weight_decay", "betas", "eps")}

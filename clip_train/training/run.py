@@ -18,18 +18,22 @@ from torch import Tensor
 from clip_train.data.tokenizer import VOCAB_SIZE
 from clip_train.models import DualEncoder, create_dual_encoder
 from clip_train.training.agreement import RankAgreement
+from clip_train.training.bad_samples import BadSamples
 from clip_train.training.cached_gradients import refuse_batch_norm
 from clip_train.training.checkpoints import AtomicCheckpointIO, Checkpointing, read_samples_seen
 from clip_train.training.config_check import check_config
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.durations import RUN_LENGTH_KEYS, Clock
-from clip_train.training.launch import World, find_world
+from clip_train.training.launch import World, cpus_per_process, find_world
+from clip_train.training.loader_times import LoaderTimes
 from clip_train.training.metrics import TrainMetrics
 from clip_train.training.micro_batch import MicroBatchSearch
 from clip_train.training.module import ClipModule
 from clip_train.training.progress import ProgressDisplay
 from clip_train.training.run_folder import RunFolder, default_run_name
 from clip_train.training.run_start import RunStart
+from clip_train.training.sample_log import SampleLog
+from clip_train.training.shard_staging import ShardStaging
 from clip_train.training.startup import announce
 from clip_train.training.validation import Validation
 
@@ -70,8 +74,14 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
         log.info("%s is complete", folder.path)
         return folder.read_summary()
 
-    metrics = TrainMetrics(cfg.trainer.log_every, cfg.batch_size)
-    agreement = RankAgreement(metrics, cfg.data.max_bad_fraction)
+    bad_samples = BadSamples(folder.path / "bad_samples.csv", cfg.data.max_bad_fraction)
+    agreement = RankAgreement(bad_samples)
+    metrics = TrainMetrics(
+        cfg.trainer.log_every,
+        cfg.batch_size,
+        data_metrics=lambda samples_seen: {**bad_samples.metrics(), **data.metrics(samples_seen)},
+        loader_times=LoaderTimes(data.num_workers, cpus_per_process(world), cfg.data.decode),
+    )
     checkpoint_every = _cadence(cfg.checkpoint.every, "checkpoint.every", clock)
     checkpointing = Checkpointing(folder.checkpoints, checkpoint_every, cfg.checkpoint.keep, metrics)
     validation = _validation(cfg, folder, data, clock, metrics)
@@ -81,9 +91,13 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
         config_text=OmegaConf.to_yaml(cfg, resolve=True),
         resume=str(cfg.resume),
         checkpoint=checkpoint,
+        data_fingerprint=data.fingerprint(),
         announce=lambda: announce(console, cfg, folder, module, data, world),
     )
-    callbacks = [start, agreement, metrics, checkpointing, ProgressDisplay(metrics, console), validation]
+    progress = ProgressDisplay(metrics, console)
+    callbacks = [start, bad_samples, agreement, metrics, ShardStaging(data), checkpointing, progress, validation]
+    if cfg.data.sample_log:
+        callbacks.append(SampleLog(folder.path / "samples"))
     if cfg.micro_batch_size == "auto":
         callbacks.insert(1, _micro_batch_search(cfg, model, world))  # before anything is timed
     trainer = _trainer(cfg, world, folder, callbacks)

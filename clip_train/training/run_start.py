@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from clip_train.distributed import gather_strings, raise_everywhere
+from clip_train.distributed import gather_objects, raise_everywhere
 from clip_train.errors import ClipTrainError
 from clip_train.training.module import ClipModule
 from clip_train.training.run_folder import RunFolder
@@ -24,6 +24,7 @@ class RunStart(Callback):
         config_text: the same, as the file to keep.
         resume: `never`, `auto` or a path.
         checkpoint: what this rank will resume from.
+        data_fingerprint: of the training data that this rank sees.
         announce: prints the start-up table; called on the first rank.
     """
 
@@ -35,13 +36,16 @@ class RunStart(Callback):
         config_text: str,
         resume: str,
         checkpoint: Path | None,
+        data_fingerprint: str,
         announce: Callable[[], None],
     ) -> None:
         self.folder, self.config, self.config_text = folder, config, config_text
         self.resume, self.checkpoint, self.announce = resume, checkpoint, announce
+        self.data_fingerprint = data_fingerprint
 
     def setup(self, trainer: L.Trainer, pl_module: ClipModule, stage: str) -> None:
-        found = gather_strings([self.checkpoint.name if self.checkpoint else "none"])
+        found = gather_objects([self.checkpoint.name if self.checkpoint else "none"])
+        fingerprints = gather_objects([self.data_fingerprint])
         error = ""
         if trainer.is_global_zero:
             try:
@@ -51,6 +55,8 @@ class RunStart(Callback):
                 error = str(refused)
         if len(set(found)) > 1:
             error = f"the ranks find different checkpoints ({', '.join(sorted(set(found)))}): share {self.folder.path}"
+        if len(set(fingerprints)) > 1:
+            error = "the ranks see different shards, or different numbers of samples in them: compare the nodes' files"
         raise_everywhere(error)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:

@@ -32,13 +32,13 @@ def _table(cfg: DictConfig, folder: RunFolder, module: ClipModule, data: ClipDat
     vision, text, total = (sum(p.numel() for p in part.parameters()) for part in (model.vision, model.text, model))
     steps = clock.total_samples // clock.batch_size
     order = data.batches.order
-    epochs = clock.total_samples / order.num_samples
+    num_shards, epochs = len(data.batches.reader.counts), clock.total_samples / order.num_samples
     rows = {
         "run": str(folder.path),
         "model": f"{cfg.model_name} at {data.batches.image_size} px, {data.batches.tokenizer.context_length} tokens",
         "parameters": f"{total:,} (image tower {vision:,}, text tower {text:,})",
         "batch": f"{clock.batch_size:,} = {world.size} process(es) x {clock.batch_size // world.size:,}",
-        "samples": f"{order.num_samples:,} in {len(order.counts):,} shards",
+        "samples": f"{order.num_samples:,} in {num_shards:,} shards",
         "length": f"{clock.total_samples:,} samples = {steps:,} steps = {epochs:.4g} epochs",
         "learning rate": f"{module.optim['lr']:g}, {module.warmup_samples:,} samples of warm-up, then cosine",
         "validation": ", ".join(f"{name} ({len(pairs):,})" for name, pairs in data.val_sets.items()) or "none",

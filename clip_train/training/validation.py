@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from clip_train.data.batches import EvalBatches
+from clip_train.data.eval_batches import EvalBatches
 from clip_train.evaluation.features import Features, encode_pairs
 from clip_train.evaluation.retrieval import retrieval_metrics
 from clip_train.training.checkpoints import passes

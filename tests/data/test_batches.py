@@ -1,13 +1,21 @@
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from clip_train.data.batches import BatchStarts, EvalBatches, TrainBatches, make_loader, rank_slices
-from clip_train.data.images import Augmentation
+from clip_train.data.augmentation import Augmentation
+from clip_train.data.batches import TrainBatches
 from clip_train.data.index import load_indexes
+from clip_train.data.loader import BatchStarts, make_loader
 from clip_train.data.order import SampleOrder
 from clip_train.data.pairs import PairReader
 from clip_train.data.tokenizer import ClipTokenizer
+from tests.conftest import write_shard
+from tests.data.photos import encode, photographs, psnr
 
 AUGMENTATION = Augmentation(scale=(0.5, 1.0), flip_prob=0.5, color_jitter=(0.3, 0.3, 0.3, 0.1), color_jitter_prob=0.8)
 
@@ -57,16 +65,23 @@ def test_one_of_several_captions_is_drawn(make_shards):
 
 
 def test_unusable_samples_are_replaced_and_named(make_shards):
+    bomb = encode(Image.new("L", (4000, 3000)))
+
     def damage(sample: dict) -> dict:
-        broken = {3: {"png": b"broken"}, 4: {"txt": b" "}, 11: {"txt": b"\xff"}}
+        broken = {3: {"png": b"broken"}, 4: {"txt": b" "}, 11: {"txt": b"\xff"}, 12: {"png": bomb}}
         return sample | broken.get(int(sample["__key__"]), {})
 
     shards = make_shards([9, 4, 10], damage)
-    batch = train_batches(shards, batch_size=23, caption_key="txt")[0]
+    batch = replace(train_batches(shards, batch_size=23, caption_key="txt"), max_image_pixels=10_000_000)[0]
     assert batch["image"].shape[0] == 23
     assert batch["error"] == ""
-    assert sorted(batch["bad"]) == [f"{shards[0]}[3]", f"{shards[0]}[4]", f"{shards[1]}[2]"]
-    assert len({tuple(t) for t in batch["text"].tolist()}) == 20
+    assert sorted(sample[:3] for sample in batch["bad"]) == [
+        ("caption_empty", shards[0], "000004"),
+        ("caption_not_utf8", shards[1], "000011"),
+        ("image_too_large", shards[1], "000012"),
+        ("image_unreadable", shards[0], "000003"),
+    ]
+    assert len({tuple(t) for t in batch["text"].tolist()}) == 19
 
 
 def test_nothing_usable_is_an_error_that_travels(make_shards):
@@ -81,25 +96,46 @@ def test_pixels_travel_as_bytes(make_shards):
     assert (batch["image"].dtype, batch["text"].dtype) == (torch.uint8, torch.int64)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("count", [1, 5, 16, 23])
-def test_evaluation_slices_cover_the_set_once_in_equally_many_batches(count, world_size):
-    slices = [rank_slices(count, rank, world_size, max_batch=4) for rank in range(world_size)]
-    assert [i for part in slices for piece in part for i in piece] == list(range(count))
-    assert len({len(part) for part in slices}) == 1
-    assert max(len(piece) for part in slices for piece in part) <= 4
+def test_a_shard_that_shrinks_or_vanishes_is_named(make_shards):
+    shards = make_shards([9, 4, 10])
+    batches = train_batches(shards, batch_size=23)
+    assert not batches[0]["error"]
+    Path(shards[2]).write_bytes(Path(shards[2]).read_bytes()[:5000])
+    assert f"shard {shards[2]} has become shorter" in batches[0]["error"]
+    Path(shards[2]).unlink()
+    fresh = replace(batches, reader=pickle.loads(pickle.dumps(batches.reader)))  # as a new worker has it
+    assert f"shard {shards[2]} cannot be read any more: No such file" in fresh[0]["error"]
 
 
-def test_evaluation_reads_in_order_with_the_first_caption(make_shards):
-    reader = PairReader(load_indexes(make_shards([3, 2])), "png", "json:captions")
-    batches = EvalBatches(reader, ClipTokenizer(16), 16)
-    batch = batches[range(2, 5)]
-    expected = ClipTokenizer(16)([f"a {c} thing number {n}" for n, c in ((2, "blue"), (3, "yellow"), (4, "pink"))])
-    assert np.array_equal(batch["text"], expected)
-    assert batches.picture_and_caption(3)[1] == "a yellow thing number 3"
+def test_fast_and_exact_decoding_take_the_same_crop(tmp_path):
+    photo = photographs()[0].resize((1024, 1200))
+    sample = {"__key__": "photo", "jpg": encode(photo, "JPEG", quality=95), "txt": "a portrait"}
+    shards = [write_shard(tmp_path / "00000.tar", [sample])]
+    reader, order = PairReader(load_indexes(shards), "jpg", "txt"), SampleOrder([1], seed=0)
+    fast = TrainBatches(reader, order, Augmentation(scale=(0.5, 1.0)), ClipTokenizer(16), 224, batch_size=4)
+    pictures = [replace(fast, decode=decode)[0]["image"].numpy() for decode in ("fast", "exact")]
+    assert not np.array_equal(*pictures)
+    assert min(psnr(a, b) for a, b in zip(*pictures)) > 30
 
 
-def test_evaluation_does_not_replace_samples(make_shards):
-    shards = make_shards([3], lambda s: s | ({"png": b"broken"} if s["__key__"] == "000001" else {}))
-    batches = EvalBatches(PairReader(load_indexes(shards), "png", "txt"), ClipTokenizer(16), 16)
-    assert f"{shards[0]}[1] cannot be used" in batches[range(3)]["error"]
+def test_names_tell_which_samples_a_batch_is_made_of(make_shards):
+    shards = make_shards([9, 4, 10])
+    assert train_batches(shards)[0]["names"] == []
+    names = replace(train_batches(shards, batch_size=23), with_names=True)[0]["names"]
+    assert sorted(names) == sorted(f"{shard}[{n}]" for shard, count in zip(shards, (9, 4, 10)) for n in range(count))
+
+
+def test_words_are_dropped_by_position(make_shards):
+    shards = make_shards([9, 4, 10])
+    plain = train_batches(shards, batch_size=23)
+    dropped = [replace(plain, word_dropout=0.5)[start]["text"] for start in (0, 0, 23)]
+    assert torch.equal(dropped[0], dropped[1])
+    lengths = [(text != 0).sum() for text in (plain[0]["text"], *dropped)]
+    assert lengths[1] < lengths[0]
+    assert lengths[3] != lengths[1] or not torch.equal(dropped[2], dropped[1])
+
+
+def test_stages_of_loading_are_timed(make_shards):
+    seconds = train_batches(make_shards([9, 4, 10]))[0]["seconds"]
+    assert set(seconds) == {"read", "decode", "augment", "tokenize", "collate"}
+    assert all(spent > 0 for spent in seconds.values())

@@ -1,4 +1,6 @@
+import tracemalloc
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from clip_train.data.order import SampleOrder
 counts = st.lists(st.integers(1, 30), min_size=1, max_size=8)
 lanes = st.integers(1, 12)
 windows = st.integers(1, 10)
+world_sizes = st.sampled_from([1, 2, 3, 4])
 
 
 def stream(order: SampleOrder, start: int, stop: int) -> list[tuple[int, int]]:
@@ -32,7 +35,7 @@ def test_order_does_not_depend_on_where_one_starts(counts, lanes, window, start,
     assert stream(SampleOrder(counts, seed=1, lanes=lanes, window=window), start, start + length) == whole[start:]
 
 
-@given(counts, lanes, st.sampled_from([1, 2, 3, 4]), st.integers(1, 5), st.integers(0, 100))
+@given(counts, lanes, world_sizes, st.integers(1, 5), st.integers(0, 100))
 def test_ranks_share_each_global_batch(counts, lanes, world_size, local, step):
     order = SampleOrder(counts, seed=1, lanes=lanes, window=4)
     size = local * world_size
@@ -80,6 +83,55 @@ def test_batches_are_drawn_from_everywhere():
     order = SampleOrder([1000] * 10, seed=0, lanes=64, window=4096)
     shards, _ = order.locate(np.arange(512))
     assert len(set(shards.tolist())) == 10
+
+
+@given(counts, lanes, windows, st.lists(st.integers(0, 250), max_size=50))
+def test_positions_may_come_in_any_order(counts, lanes, window, positions):
+    order = SampleOrder(counts, seed=1, lanes=lanes, window=window)
+    whole = stream(SampleOrder(counts, seed=1, lanes=lanes, window=window), 0, 251)
+    shards, samples = order.locate(np.array(positions, dtype=np.int64))
+    assert list(zip(shards.tolist(), samples.tolist())) == [whole[position] for position in positions]
+
+
+@given(counts, lanes, windows, world_sizes, st.data())
+def test_shards_come_before_the_batch_that_reads_them(counts, lanes, window, world_size, data):
+    ranks = data.draw(st.lists(st.integers(0, world_size - 1), min_size=1, unique=True))
+    size, start = 2 * world_size, data.draw(st.integers(0, 100))
+    order = SampleOrder(counts, seed=1, lanes=lanes, window=window)
+    ahead, there, taken = order.shards_ahead(start, size, ranks, world_size), set(), 0
+    for step in range(3 * sum(counts) // size + 1):
+        begin = start + step * size
+        parts = [order.rank_positions(begin, size, rank, world_size) for rank in ranks]
+        needed = set(order.locate(np.concatenate(parts))[0].tolist())
+        while not needed <= there:
+            there.add(next(ahead))
+            taken += 1
+        epochs = (begin + size - 1) // sum(counts) - start // sum(counts) + 1
+        assert taken <= epochs * (len(counts) + lanes)
+
+
+def test_shards_ahead_are_those_of_the_ranks_in_the_order_of_need():
+    order = SampleOrder([100] * 64, seed=0, lanes=16, window=50)
+    ranks = (4, 5)  # a lane each, of four shards
+    ahead = list(islice(order.shards_ahead(0, 640, ranks, 16), 8))
+    read = order.locate(np.concatenate([order.rank_positions(0, 6400, rank, 16) for rank in ranks]))[0]
+    assert sorted(ahead) == sorted(set(read.tolist()))
+    late = list(islice(order.shards_ahead(3200, 640, ranks, 16), 2))
+    assert late == ahead[4:6]
+
+
+def test_memory_does_not_grow_with_the_samples():
+    counts = np.full(40_000, 10_000)
+    tracemalloc.start()
+    try:
+        order = SampleOrder(counts, seed=0)
+        for start in (123_456_789, 234_567_890, 399_999_999):
+            order.locate(order.rank_positions(start, 4096, 3, 8))
+        next(order.shards_ahead(345_678_901, 4096))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 * 2**20  # a permutation of the samples would take 3,200 MB
 
 
 def test_nothing_to_order_is_an_error():

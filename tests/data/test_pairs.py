@@ -14,14 +14,16 @@ def reader(shards, image_key="jpg;jpeg;png;webp", caption_key="txt") -> PairRead
 def test_reads_any_pair(make_shards):
     pairs = reader(make_shards([3, 2]))
     assert (len(pairs), pairs.counts) == (5, [3, 2])
-    image, captions = pairs.read(1, 1)
-    assert (image, captions) == (make_sample(4)["png"], [make_sample(4)["txt"]])
+    pair = pairs.read(1, 1)
+    assert (pair.image, pair.caption(0.5)) == (make_sample(4)["png"], make_sample(4)["txt"])
+    assert pairs.key(1, 1) == "000004"
 
 
 def test_json_paths(make_shards):
     shards = make_shards([2])
-    assert reader(shards, caption_key="json:captions").read(0, 1).captions == ["a green thing number 1", "thing 1"]
-    assert reader(shards, caption_key="json:nested.title").read(0, 1).captions == ["A GREEN THING NUMBER 1"]
+    pair = reader(shards, caption_key="json:captions").read(0, 1)
+    assert [pair.caption(0.4), pair.caption(0.6)] == ["a green thing number 1", "thing 1"]
+    assert reader(shards, caption_key="json:nested.title").read(0, 1).first_caption() == "A GREEN THING NUMBER 1"
 
 
 @pytest.mark.parametrize(
@@ -43,14 +45,14 @@ def test_incomplete_samples_are_left_out_and_counted(make_shards):
 
     pairs = reader(make_shards([5, 4], without_text_when_odd))
     assert (pairs.counts, pairs.num_incomplete) == ([3, 2], 4)
-    assert [pairs.read(0, i).captions[0][-1] for i in range(3)] == ["0", "2", "4"]
+    assert [pairs.read(0, i).first_caption()[-1] for i in range(3)] == ["0", "2", "4"]
 
 
 def test_many_shards_do_not_exhaust_descriptors(make_shards, monkeypatch):
-    monkeypatch.setattr("clip_train.data.pairs._MAX_OPEN_FILES", 2)
+    monkeypatch.setattr("clip_train.data.pairs._MAX_OPEN_SHARDS", 2)
     pairs = reader(make_shards([1] * 5))
     for shard in [0, 1, 2, 3, 4, 0, 2]:
-        assert pairs.read(shard, 0).captions[0].endswith(str(shard))
+        assert pairs.read(shard, 0).first_caption().endswith(str(shard))
 
 
 def test_an_odd_first_sample_does_not_forbid_a_caption_path(make_shards):

@@ -40,10 +40,32 @@ def test_errors_name_setting_and_shard(folder, pattern, message):
     assert "data.train.shards" in str(error.value)
 
 
-@pytest.mark.parametrize("url", ["s3://bucket/{0..1}.tar", "https://host/0.tar", "pipe:cat 0.tar"])
-def test_remote_shards_are_refused_with_a_remedy(url):
-    with pytest.raises(DataError, match="copy the shards to a local folder"):
+def test_urls_are_expanded_without_asking_the_network():
+    assert expand_shards("s3://no-such/{0..1}.tar::https://no.such/{a,b}.tar?key=1", "x") == [
+        "s3://no-such/0.tar",
+        "s3://no-such/1.tar",
+        "https://no.such/a.tar?key=1",
+        "https://no.such/b.tar?key=1",
+    ]
+    assert expand_shards("pipe:cat {0..1}*.tar", "x") == ["pipe:cat 0*.tar", "pipe:cat 1*.tar"]
+
+
+def test_file_urls_are_local(folder):
+    assert expand_shards(f"file://{folder}/a*.tar", "x") == expand_shards(f"{folder}/a*.tar", "x")
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("https://host/*.tar", r"no listing; spell the shards out"),
+        ("nothing://host/0.tar", "unknown scheme nothing://"),
+        ("s3://bucket/${NAME}.tar", "missing environment variable"),
+    ],
+)
+def test_urls_that_cannot_be_read(url, message):
+    with pytest.raises(DataError, match=message) as error:
         expand_shards(url, "data.train.shards")
+    assert "data.train.shards" in str(error.value)
 
 
 def test_demo_is_unpacked_once(tmp_path, monkeypatch):

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from clip_train.data.demo import unpack_demo
-from clip_train.data.tokenizer import END_ID, START_ID, ClipTokenizer, clean_caption
+from clip_train.data.tokenizer import END_ID, LONG_CAPTIONS, START_ID, ClipTokenizer, clean_caption
+from clip_train.errors import ConfigError
 
 ODD = [
     "",
@@ -96,3 +99,78 @@ def test_clean_fast_path_equals_the_slow_one():
 
 def test_no_captions():
     assert ClipTokenizer(8)([]).shape == (0, 8)
+
+
+uniforms = st.floats(0, 1, exclude_max=True)
+LONG = "One red cat. Two dogs ran! Did three birds sing? Four fish, of 1.5 kg each. The fifth sentence ends it."
+
+
+def words_of(ids: np.ndarray) -> list[int]:
+    """The ids between start and end token, which must be there, with nothing but padding after."""
+    assert ids[0] == START_ID
+    end = ids.tolist().index(END_ID)
+    assert not ids[end + 1 :].any()
+    return ids[1:end].tolist()
+
+
+def all_ids(caption: str) -> list[int]:
+    return words_of(ClipTokenizer(1000)([caption])[0])
+
+
+@pytest.mark.parametrize("long_captions", LONG_CAPTIONS)
+def test_captions_that_fit_are_left_alone(long_captions):
+    captions = ["", "a red cat", LONG]
+    expected = open_clip.get_tokenizer("ViT-B-32", context_length=77)(captions).numpy()
+    for draw in (0.0, 0.5, 0.99):
+        assert np.array_equal(ClipTokenizer(77, long_captions)(captions, [draw] * 3), expected)
+
+
+@pytest.mark.parametrize("long_captions", LONG_CAPTIONS)
+def test_without_draws_long_captions_are_truncated(long_captions):
+    assert np.array_equal(ClipTokenizer(12, long_captions)(ODD), ClipTokenizer(12)(ODD))
+    assert np.array_equal(ClipTokenizer(12)(ODD, np.linspace(0, 0.9, len(ODD)).tolist()), ClipTokenizer(12)(ODD))
+
+
+@given(uniforms, st.integers(2, 30))
+def test_random_crop_is_a_full_window_of_the_caption(draw, context_length):
+    whole, room = all_ids(LONG), context_length - 2
+    kept = words_of(ClipTokenizer(context_length, "random_crop")([LONG], [draw])[0])
+    assert kept in [whole[first : first + room] for first in range(len(whole) - room + 1)]
+
+
+def test_random_crop_reaches_both_ends_alike():
+    whole, draws = all_ids(LONG), (np.arange(1000) / 1000).tolist()
+    rows = ClipTokenizer(len(whole), "random_crop")([LONG] * 1000, draws)  # two ids too many: three windows
+    firsts = [words_of(row)[0] for row in rows]
+    assert [firsts.count(first) for first in whole[:3]] == [334, 333, 333]
+
+
+SENTENCES = [part.strip() for part in LONG.replace("!", "!|").replace("?", "?|").replace(". ", ".|").split("|")]
+
+
+@given(uniforms, st.integers(12, 35))
+def test_sentences_are_whole_and_as_many_as_fit(draw, context_length):
+    number = int(draw * len(SENTENCES))
+    best: list[int] = []
+    for last in range(number + 1, len(SENTENCES) + 1):
+        joined = all_ids(" ".join(SENTENCES[number:last]))
+        best = joined if len(joined) <= context_length - 2 or not best else best
+    kept = words_of(ClipTokenizer(context_length, "sentence")([LONG], [draw])[0])
+    assert kept == best[: context_length - 2]
+
+
+def test_a_sentence_that_does_not_fit_alone_is_truncated():
+    caption = "Short one. " + "word " * 30
+    kept = words_of(ClipTokenizer(10, "sentence")([caption], [0.9])[0])
+    assert kept == all_ids("word " * 8)
+
+
+def test_quotes_and_other_scripts_end_sentences_too():
+    starts = {words_of(ClipTokenizer(5, "sentence")(['He said "no." Then left'], [d])[0])[0] for d in (0.1, 0.9)}
+    assert starts == {all_ids("he")[0], all_ids("then")[0]}
+    assert words_of(ClipTokenizer(6, "sentence")(["赤い猫。青い犬"], [0.9])[0])[0] == all_ids("青い犬")[0]
+
+
+def test_unknown_treatment_of_long_captions():
+    with pytest.raises(ConfigError, match="data.long_captions=cut is none of truncate, random_crop, sentence"):
+        ClipTokenizer(8, "cut")

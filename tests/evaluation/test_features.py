@@ -3,7 +3,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from clip_train.data.batches import EvalBatches
+from clip_train.data.eval_batches import EvalBatches
 from clip_train.data.index import load_indexes
 from clip_train.data.pairs import PairReader
 from clip_train.data.tokenizer import ClipTokenizer

@@ -1,0 +1,66 @@
+"""Batches of a validation set."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from clip_train.data.batches import Batch, assemble, failed, pixel_buffer
+from clip_train.data.captions import UnusableCaption
+from clip_train.data.decoding import Pixels, UnusableImage
+from clip_train.data.pairs import PairReader, UnusableSample
+from clip_train.data.preprocessing import preprocess
+from clip_train.data.tokenizer import ClipTokenizer
+from clip_train.errors import DataError
+
+
+@dataclass(frozen=True)
+class EvalBatches(Dataset[Batch]):
+    """Slices of a validation set: fixed crop, first caption. A sample that cannot be used is an error."""
+
+    reader: PairReader
+    tokenizer: ClipTokenizer
+    image_size: int
+    resize_mode: str = "shortest"
+    interpolation: str = "bicubic"
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        pixels, captions = pixel_buffer(len(indices), self.image_size), []
+        try:
+            for index, out in zip(indices, pixels.numpy()):
+                out[:], caption = self.picture_and_caption(index)
+                captions.append(caption)
+        except (UnusableImage, UnusableCaption, UnusableSample) as error:
+            name = self.reader.name(*self._locate(indices[len(captions)]))
+            return failed(f"validation sample {name} cannot be used: {error}")
+        except DataError as error:
+            return failed(str(error))
+        return assemble(pixels, self.tokenizer(captions))
+
+    def picture_and_caption(self, index: int) -> tuple[Pixels, str]:
+        """One sample. Raises UnusableImage, UnusableCaption, UnusableSample or DataError."""
+        pair = self.reader.read(*self._locate(index))
+        return preprocess(pair.image, self.image_size, self.resize_mode, self.interpolation), pair.first_caption()
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - int(self._ends[shard] - self.reader.counts[shard])
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum(self.reader.counts)
+
+
+def rank_slices(num_samples: int, rank: int, world_size: int, max_batch: int) -> list[range]:
+    """This rank's contiguous part of a set, in as many slices of at most `max_batch` as every other rank has."""
+    first, last = num_samples * rank // world_size, num_samples * (rank + 1) // world_size
+    largest_part = -(-num_samples // world_size)
+    num_slices = -(-largest_part // max_batch)
+    edges = [first + (last - first) * i // num_slices for i in range(num_slices + 1)]
+    return [range(a, b) for a, b in pairwise(edges)]

@@ -1,0 +1,46 @@
+"""The loader: which batches, in which processes."""
+
+import signal
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from clip_train.data.batches import Batch
+
+
+class BatchStarts(Sampler[int]):
+    """Where the batches of a run begin, from `samples_seen` on. Endless, so that the trainer alone decides the end."""
+
+    def __init__(self, samples_seen: int, batch_size: int) -> None:
+        self.samples_seen, self.batch_size = samples_seen, batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.samples_seen
+        while True:
+            yield start
+            start += self.batch_size
+
+
+def make_loader(batches: Dataset[Batch], keys: Iterable, num_workers: int, pin_memory: bool = False) -> DataLoader:
+    """Load `batches[key]` for each key, in order, whatever the number of workers."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=keys,
+        num_workers=num_workers,
+        collate_fn=_as_is,
+        pin_memory=pin_memory,
+        worker_init_fn=_init_worker,
+    )
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _init_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # schedulers signal every process; the trainer ends its workers itself

@@ -1,0 +1,42 @@
+"""Which samples every step trained on, for those who have to know."""
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from clip_train.data.batches import Batch
+from clip_train.training.module import ClipModule
+from clip_train.training.rows import append_rows, drop_rows_after, read_rows
+
+_COLUMNS = ("samples_seen", "sample")
+
+
+class SampleLog(Callback):
+    """Writes one file per rank, a row per sample, with the samples seen when its step had ended.
+
+    Args:
+        folder: where to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
+        if trainer.is_global_zero:
+            for path in self.folder.glob("*.csv"):  # of an earlier part of the run, on whatever ranks
+                drop_rows_after(path, pl_module.samples_seen)
+        trainer.strategy.barrier()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: ClipModule, outputs, batch: Batch, batch_idx) -> None:
+        rows = [(pl_module.samples_seen, name) for name in batch["names"]]
+        append_rows(self.folder / f"rank_{trainer.global_rank:05d}.csv", _COLUMNS, rows)
+
+
+def read_sample_log(folder: Path) -> dict[int, list[str]]:
+    """The samples of each step, sorted, by the samples seen at its end."""
+    steps: dict[int, list[str]] = {}
+    for path in folder.glob("*.csv"):
+        for samples_seen, name in read_rows(path):
+            steps.setdefault(int(samples_seen), []).append(name)
+    return {samples_seen: sorted(steps[samples_seen]) for samples_seen in sorted(steps)}

@@ -1,0 +1,143 @@
+"""What becomes of the data of whole runs: kills, damage, mixtures."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clip_train.training.csv_logger import read_metrics
+from clip_train.training.sample_log import read_sample_log
+from tests.cli.runs import TINY, clip_train, train_tiny
+from tests.data.photos import encode
+
+ARGUMENTS = [*TINY, "data.val.shards=null", "data.sample_log=true", "data.num_workers=1"]
+
+
+@pytest.fixture
+def shards(make_shards) -> str:
+    return str(Path(make_shards([300, 200, 250, 250])[0]).parent / "*.tar")
+
+
+def torchrun(ranks: int) -> tuple[str, ...]:
+    if ranks == 1:
+        return ()
+    return (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}")
+
+
+def test_killed_at_any_step_and_resumed_on_other_ranks_with_the_same_samples(tmp_path, shards):
+    run = [*ARGUMENTS, f"data.train.shards={shards}", f"output_dir={tmp_path}", "batch_size=48", "max_steps=60"]
+    whole = clip_train(*run, "run_name=whole")
+    assert whole.returncode == 0, whole.stderr
+    killed = [*run, "run_name=killed", "resume=auto", "checkpoint.every=7 steps"]
+    for ranks, rows in ((2, 9), (4, 30)):
+        kill_after_rows(tmp_path / "killed" / "metrics.csv", rows, [*torchrun(ranks), "-m", *PROGRAM, *killed])
+    done = clip_train(*killed)
+    assert done.returncode == 0, done.stderr
+    expected, found = (read_sample_log(tmp_path / name / "samples") for name in ("whole", "killed"))
+    assert list(expected) == [48 * step for step in range(1, 61)]
+    assert found == expected
+    assert len({name for names in list(expected.values())[:20] for name in names}) == 960  # of 1000: no repetition
+    files = {path.name for path in (tmp_path / "killed" / "samples").iterdir()}
+    assert files == {f"rank_{rank:05d}.csv" for rank in range(4)}
+
+
+PROGRAM = ("clip_train.commands.train",)
+
+
+def kill_after_rows(metrics: Path, rows: int, command: list[str]) -> None:
+    """SIGKILL all of a run's processes when it has logged so many rows."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) <= rows:
+        assert process.poll() is None, process.stderr and process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_damage_of_six_kinds_is_counted_to_the_sample(tmp_path, make_shards):
+    bomb, photo = encode(Image.new("L", (2000, 1500))), encode(Image.new("RGB", (64, 64)), "JPEG")
+    damages = [
+        ("image_unreadable", {"png": b"broken"}),
+        ("image_unreadable", {"png": photo[: len(photo) // 2]}),
+        ("image_too_large", {"png": bomb}),
+        ("caption_empty", {"json": {"captions": [" \n"]}}),
+        ("caption_not_utf8", {"json": b'{"captions": "caf\xe9"}'}),
+        ("caption_missing", {"json": {"title": 3}}),
+    ]
+
+    def damage(sample: dict) -> dict:
+        number = int(sample["__key__"])
+        return sample | (damages[number // 100 % 6][1] if number % 100 == 7 else {})
+
+    shards = make_shards([600, 600], damage)
+    for name, workers in (("run", 2), ("again", 0)):
+        rows = train_tiny(
+            *(tmp_path, name, f"data.train.shards={Path(shards[0]).parent}/*.tar", "data.val.shards=null"),
+            *("data.caption_key=json:captions", "data.max_image_pixels=2000000", "max_epochs=1"),
+            *("batch_size=40", f"data.num_workers={workers}", "data.max_bad_fraction=0.02"),
+        )
+        assert len(rows) == 30
+        counts = {key: float(value) for key, value in rows[-1].items() if key.startswith("data/bad_samples")}
+        expected = Counter(kind for kind, _ in damages * 2)
+        assert counts == {"data/bad_samples": 12, **{f"data/bad_samples/{k}": n for k, n in expected.items()}}
+        with open(tmp_path / name / "bad_samples.csv", newline="") as file:
+            listed = list(csv.DictReader(file))
+        assert sorted(row["key"] for row in listed) == [f"{n:06d}" for n in range(7, 1200, 100)]
+        log = (tmp_path / name / "train.log").read_text()
+        assert all(f"bad sample {row['key']} in {row['shard']}: {row['kind']}" in log for row in listed)
+
+
+def test_a_shard_that_vanishes_during_the_run_ends_it_on_all_ranks(tmp_path, make_shards):
+    shards = make_shards([40] * 8)
+    command = [*torchrun(2), "-m", *PROGRAM, *ARGUMENTS, f"data.train.shards={Path(shards[0]).parent}/*.tar"]
+    command += [f"output_dir={tmp_path}", "run_name=run", "max_steps=2000", "data.lanes=2", "data.shuffle_window=8"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.csv"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for shard in shards:
+        Path(shard).unlink()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1  # torchrun's, for any failure
+    assert "clip-train: error: shard" in errors and "cannot be read any more: No such file" in errors
+
+
+def test_a_mixture_keeps_its_shares_and_reports_epochs(tmp_path, make_shards):
+    folder = Path(make_shards([60, 60, 240])[0]).parent
+    rows = train_tiny(
+        *(tmp_path, "run", f"data.train.shards={folder}/0000[01].tar::{folder}/00002.tar", "data.val.shards=null"),
+        *("data.train.weights=[3,1]", "data.caption_key=[txt,'json:nested.title']", "data.sample_log=true"),
+        *("batch_size=64", "max_steps=64"),
+    )
+    names = [name for step in read_sample_log(tmp_path / "run" / "samples").values() for name in step]
+    assert sum("00002.tar" in name for name in names) == len(names) / 4 == 1024
+    assert float(rows[-1]["data/epochs/shards"]) == pytest.approx(3072 / 120, abs=0.01)
+    assert float(rows[-1]["data/epochs/shards_1"]) == pytest.approx(1024 / 240, abs=0.01)
+
+
+def test_waiting_for_data_is_explained(tmp_path, make_shards):
+    photo = encode(Image.new("RGB", (3000, 2000)), "PNG")
+    shards = make_shards([40], lambda sample: sample | {"png": photo})
+    train_tiny(
+        *(tmp_path, "run", f"data.train.shards={shards[0]}", "data.val.shards=null", "data.num_workers=0"),
+        *("max_steps=4", "trainer.log_every=2"),
+    )
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "of the time goes into waiting for data" in log and "decoding pictures: raise data.num_workers (0" in log
+    _, rows = read_metrics(tmp_path / "run" / "metrics.csv")
+    assert float(rows[-1]["data/decode_ms"]) > float(rows[-1]["data/tokenize_ms"]) > 0
