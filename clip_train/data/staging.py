@@ -1,0 +1,117 @@
+"""Downloads of whole remote shards into the local cache: retried, resumed, counted."""
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from clip_train.data.remote import RemoteStream, open_remote
+from clip_train.data.retries import Cancelled, never, wait, with_retries
+from clip_train.data.shard_cache import Part, ShardCache, readable_bytes
+from clip_train.errors import DataError
+
+_CHECK_EVERY = 256 << 20  # bytes between looks at the limit, where a file's size is not known beforehand
+_T = TypeVar("_T")
+
+
+class Stager:
+    """Makes local copies of remote shards. May be pickled, forked, and used from several threads.
+
+    Args:
+        cache_dir: copies go to its subfolder `staged`. A local disk, which several jobs may share.
+        max_bytes: limit of all copies together; least recently used ones that nobody has open are deleted for new ones.
+        retries: how often a download that failed is gone on with before the error is raised.
+        timeout: seconds without a byte after which a download has failed.
+    """
+
+    def __init__(self, cache_dir: str | Path, max_bytes: int, retries: int = 10, timeout: float = 60.0) -> None:
+        self.cache = ShardCache(cache_dir, max_bytes)
+        self.timeout = timeout
+        self._max_retries = retries
+        self._retried: list[str] = []
+
+    @property
+    def num_retries(self) -> int:
+        """Downloads that were gone on with, in this process."""
+        return len(self._retried)
+
+    def path(self, url: str) -> Path:
+        """Where `url`'s copy is, or would be."""
+        return self.cache.path(url)
+
+    def stage(self, url: str, cancelled: Callable[[], bool] = never) -> Path:
+        """Return a whole local copy of `url`, downloaded if there is none.
+
+        If another process or thread is at it, wait for that one. A copy that exists is not compared with the remote
+        file: shards do not change.
+
+        Raises:
+            DataError: the file does not exist, access is denied, it is larger than the limit, the disk is full, or it
+                failed more than `retries` times. The message names the URL.
+            Cancelled: `cancelled()` became true.
+        """
+        path = self.path(url)
+        if self.cache.touch(url):
+            return path
+        with self.cache.part(url, wait=lambda seconds: wait(seconds, cancelled)) as part:
+            if self.cache.touch(url):  # it came while waiting
+                part.discard()
+            else:
+                modified = self._download(url, part, cancelled)
+                self._on_disk(lambda: part.finish(path, modified))
+                self.cache.evict()  # the lock of `part` keeps the new copy
+        return path
+
+    def open(self, url: str) -> int:
+        """A descriptor of `url`'s copy, which is not evicted until the descriptor is closed. Raises as `stage` does."""
+        while True:
+            self.stage(url)
+            if (descriptor := self.cache.acquire(url)) is not None:
+                return descriptor
+
+    def _download(self, url: str, part: Part, cancelled: Callable[[], bool]) -> float | None:
+        """Fill `part`, in several attempts if need be; returns the remote file's time."""
+
+        def attempt() -> float | None:
+            with open_remote(url, self.timeout, *part.resumable()) as stream:
+                self._transfer(url, part, stream, cancelled)
+                return stream.modified
+
+        return with_retries(attempt, f"shard {url}", self._max_retries, cancelled, lambda: self._retried.append(url))
+
+    def _transfer(self, url: str, part: Part, stream: RemoteStream, cancelled: Callable[[], bool]) -> None:
+        """One attempt: write the bytes that are missing."""
+        self._check_limit(url, stream.size or 0)
+        self._on_disk(lambda: part.begin(stream.start, stream.size, stream.version))
+        self.cache.evict()
+        next_check = part.size + _CHECK_EVERY
+        for chunk in stream.chunks:
+            if cancelled():
+                raise Cancelled(url)
+            rest = memoryview(chunk)
+            while rest:
+                rest = rest[self._on_disk(lambda rest=rest: part.write(rest)) :]
+            if stream.size is None:
+                self._check_limit(url, part.size)
+            if part.size >= next_check:
+                self.cache.evict()
+                next_check += _CHECK_EVERY
+        if stream.size is not None and part.size != stream.size:
+            raise OSError(f"the connection ended after {part.size} of {stream.size} bytes")
+
+    def _on_disk(self, write: Callable[[], _T]) -> _T:
+        """Run `write`; when the disk is full, delete the least recently used copy and run it again."""
+        while True:
+            try:
+                return write()
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    raise DataError(f"data.cache_dir={self.cache.cache_dir} cannot be written: {error}") from error
+                if not self.cache.evict_one():
+                    remedy = "free some of it, or name another data.cache_dir"
+                    raise DataError(f"the disk of data.cache_dir={self.cache.cache_dir} is full: {remedy}") from error
+
+    def _check_limit(self, url: str, size: int) -> None:
+        if size > self.cache.max_bytes:
+            limit = f"data.cache_size={readable_bytes(self.cache.max_bytes)}"
+            raise DataError(f"shard {url} takes {readable_bytes(size)} or more, over the limit {limit}: raise that")
