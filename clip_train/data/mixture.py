@@ -1,24 +1,22 @@
 """Several sources in one stream, each with a fixed share of the samples: a pure function from position to sample.
 
-The stream goes in blocks of 4,096 positions. In each, a source has a fixed number of slots, and the slots are shuffled.
-Every source goes through its own endless stream, an order of its own, at its own pace: a small source with a large
-share comes to its next epoch sooner.
+The stream goes in blocks of 4,096 positions. In each, a source has the same number of slots, spread as evenly as can
+be, so that every batch has the shares to a sample or two. Every source goes through its own endless stream, in an order
+of its own, at its own pace: a small source with a large share comes to its next epoch sooner.
 """
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate, count
-from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64, UInt16
+from jaxtyping import Int64
 
-from clip_train.data.keyed_random import MIXTURE_BLOCK, SOURCE_SEED, keyed_bits, keyed_permutation
-from clip_train.data.order import LanesReached, Positions, SampleOrder, groups
+from clip_train.data.keyed_random import SOURCE_SEED, keyed_bits
+from clip_train.data.order import LanesReached, Positions, SampleOrder
 from clip_train.errors import ConfigError
 
 BLOCK = 4096
-_KEPT_BLOCKS = 64
 
 
 class Mixture:
@@ -47,12 +45,12 @@ class Mixture:
         self.seed, self.lanes = seed, lanes
         seeds = [seed] if len(counts) == 1 else [_source_seed(seed, number) for number in range(len(counts))]
         self.sources = [SampleOrder(counts[name], seed=s, lanes=lanes, window=window) for name, s in zip(counts, seeds)]
-        self._sizes = np.array([source.num_samples for source in self.sources])
-        self.num_samples = int(self._sizes.sum())
+        self.sizes = np.array([source.num_samples for source in self.sources])
+        self.num_samples = int(self.sizes.sum())
         self.slots = np.array(_slots(self.names, weights))
+        self._source_of_slot, self._rank_of_slot = _spread(self.slots)
         # Shards are numbered through, source after source.
         self._first_shard = list(accumulate((len(source.counts) for source in self.sources), initial=0))
-        self._blocks: dict[int, _Block] = {}
 
     def locate(self, positions: Positions) -> tuple[Positions, Positions]:
         """The shard, numbered over all sources, and the sample inside it at each position of the stream."""
@@ -71,15 +69,15 @@ class Mixture:
     def epochs(self, samples_seen: int) -> list[float]:
         """How often the stream has gone through each source when it comes to a position."""
         block, slot = divmod(samples_seen, BLOCK)
-        in_block = np.bincount(self._block(block).sources[:slot], minlength=len(self.sources))
-        return ((block * self.slots + in_block) / self._sizes).tolist()
+        in_block = np.bincount(self._source_of_slot[:slot], minlength=len(self.sources))
+        return ((block * self.slots + in_block) / self.sizes).tolist()
 
     def rank_positions(self, start: int, batch_size: int, rank: int, world_size: int) -> Positions:
         """The positions that one rank takes of the global batch `[start, start + batch_size)`.
 
         Where the lanes divide over the ranks, a rank takes the lanes congruent to it, of every source. These are not
-        quite equally many in every batch: what is left over goes to a neighbouring rank, so that a rank reads also of the
-        lanes next to its own. `batch_size` must be a multiple of `world_size`.
+        quite equally many in every batch: what is left over goes to a neighbouring rank, so that a rank also reads of
+        the lanes next to its own. `batch_size` must be a multiple of `world_size`.
         """
         return np.sort(self._rank_parts(start, batch_size, world_size)[rank])
 
@@ -102,42 +100,25 @@ class Mixture:
             return np.stack([first.rank_positions(start, batch_size, rank, world_size) for rank in range(world_size)])
         positions = np.arange(start, start + batch_size, dtype=np.int64)
         sources, inner = self._resolve(positions)
-        lanes = inner % self._sizes[sources] % self.lanes
-        lanes_by_rank = lanes % world_size * (self.lanes // world_size) + lanes // world_size
-        by_lane = np.argsort(lanes_by_rank.astype(np.min_scalar_type(self.lanes)), kind="stable")
+        lanes = inner % self.sizes[sources] % self.lanes
+        by_rank = np.arange(self.lanes).reshape(-1, world_size).T.ravel()  # the lanes, one rank's after another's
+        place = np.argsort(by_rank).astype(np.min_scalar_type(self.lanes))  # short numbers are sorted faster
+        by_lane = np.argsort(place[lanes], kind="stable")
         return positions[by_lane].reshape(world_size, -1)
 
     def _resolve(self, positions: Positions) -> tuple[Positions, Positions]:
         """Of each position the source, and the position in that source's own stream."""
-        sources, inner = np.empty_like(positions), np.empty_like(positions)
         blocks, slots = np.divmod(positions, BLOCK)
-        for number, members in groups(blocks):
-            block, slot = self._block(number), slots[members]
-            sources[members] = block.sources[slot]
-            inner[members] = number * self.slots[sources[members]] + block.ranks[slot]
-        return sources, inner
-
-    def _block(self, number: int) -> "_Block":
-        if number not in self._blocks:
-            if len(self._blocks) >= _KEPT_BLOCKS:
-                del self._blocks[next(iter(self._blocks))]
-            self._blocks[number] = _shuffled_block(self.slots, self.seed, number)
-        return self._blocks[number]
+        sources = self._source_of_slot[slots]
+        return sources, blocks * self.slots[sources] + self._rank_of_slot[slots]
 
 
-class _Block(NamedTuple):
-    """Of each slot the source, and how many of its slots come before it in this block."""
-
-    sources: UInt16[np.ndarray, " slots"]
-    ranks: Int64[np.ndarray, " slots"]
-
-
-def _shuffled_block(slots: Int64[np.ndarray, " sources"], seed: int, number: int) -> _Block:
-    in_turn = np.repeat(np.arange(len(slots), dtype=np.uint16), slots)  # short numbers are sorted faster
-    sources = in_turn[keyed_permutation(MIXTURE_BLOCK, seed, number, size=BLOCK)]
-    ranks = np.empty(BLOCK, dtype=np.int64)
-    ranks[np.argsort(sources, kind="stable")] = np.arange(BLOCK) - np.repeat(np.cumsum(slots) - slots, slots)
-    return _Block(sources, ranks)
+def _spread(slots: Int64[np.ndarray, " sources"]) -> tuple[Positions, Positions]:
+    """Of each slot of a block the source, and how many of that source's slots come before it."""
+    sources = np.repeat(np.arange(len(slots)), slots)
+    ranks = np.arange(BLOCK) - np.repeat(np.cumsum(slots) - slots, slots)
+    evenly = np.argsort((ranks + 0.5) / slots[sources], kind="stable")
+    return sources[evenly], ranks[evenly]
 
 
 def _source_seed(seed: int, number: int) -> int:

@@ -13,6 +13,7 @@ from clip_train.data.index import ABSENT, ShardIndex
 from clip_train.errors import DataError
 
 _MAX_OPEN_SHARDS = 256
+_MAX_OPEN_COPIES = 64  # of remote shards: those cannot make room for others
 _PROBED_SAMPLES = 100
 _WORTH_READING_OVER = 1 << 16  # bytes between two files of a sample that cost less than a second call
 
@@ -195,7 +196,8 @@ class PairReader:
 
     def _open(self, shard: int) -> _OpenShard:
         if shard not in self._open_shards:
-            if len(self._open_shards) >= _MAX_OPEN_SHARDS:
+            local = isinstance(self._shards[shard], ShardIndex)
+            while len(self._open_shards) >= (_MAX_OPEN_SHARDS if local else _MAX_OPEN_COPIES):
                 os.close(self._open_shards.popitem(last=False)[1].descriptor)
             self._open_shards[shard] = _opened(self._shards[shard], self._keys[shard])
         self._open_shards.move_to_end(shard)

@@ -7,10 +7,11 @@ import re
 import select
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
+from email.utils import mktime_tz, parsedate_tz
 from functools import lru_cache
 from typing import Any, cast
 
@@ -108,10 +109,12 @@ def _open_pipe(command: str, timeout: float) -> Iterator[RemoteStream]:
     """As webdataset's gopen, but ended, with all its children, when it hangs: that one waits for two hours."""
     process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, bufsize=0, start_new_session=True)
     output = cast(io.FileIO, process.stdout)
+    poll = select.poll()  # select() refuses descriptors over 1023
+    poll.register(output, select.POLLIN)
 
     def read() -> Iterator[bytes]:
         while True:
-            if not select.select([output], [], [], timeout)[0]:
+            if not poll.poll(timeout * 1000):
                 raise TimeoutError(f"no bytes for {timeout:g} s")
             if not (chunk := output.read(_BLOCK)):
                 break
@@ -133,7 +136,7 @@ def _open_http(url: str, timeout: float, have: int, version: str) -> Iterator[Re
     """One request streams the whole file: servers without ranges are common, and so are those that refuse HEAD."""
     fs = _filesystem(scheme_of(url) or "", timeout)
     start = max(have - 1, 0) if version else 0  # a byte we have: a range beyond the end would be an error
-    response = sync(fs.loop, _get, fs, url, start)
+    response: Any = sync(fs.loop, _get, fs, url, start)
     try:
         if start and (response.status == 416 or _http_version(response) != version or _http_start(response) > have):
             fs.loop.call_soon_threadsafe(response.close)
@@ -143,8 +146,8 @@ def _open_http(url: str, timeout: float, have: int, version: str) -> Iterator[Re
             while chunk := sync(fs.loop, _read_block, response.content):
                 yield chunk
 
-        modified = response.headers.get("Last-Modified")
-        time = parsedate_to_datetime(modified).timestamp() if modified else None
+        modified = parsedate_tz(response.headers.get("Last-Modified"))
+        time = mktime_tz(modified) if modified else None
         yield RemoteStream(_http_start(response), _http_size(response), _http_version(response), time, read())
     finally:
         fs.loop.call_soon_threadsafe(response.close)
@@ -217,12 +220,13 @@ def _open_ranges(url: str, timeout: float, have: int, version: str) -> Iterator[
 
 
 def _filesystem(scheme: str, timeout: float) -> Any:
-    return _process_filesystem(scheme, timeout, os.getpid())
+    """One per process, as connections and event loops do not survive a fork; one per thread if it has no event loop."""
+    shared = getattr(fsspec.get_filesystem_class(scheme), "async_impl", False)
+    return _make_filesystem(scheme, timeout, os.getpid(), 0 if shared else threading.get_ident())
 
 
-@lru_cache(maxsize=16)
-def _process_filesystem(scheme: str, timeout: float, pid: int) -> Any:
-    """One filesystem per process: its connections and its event loop do not survive a fork."""
+@lru_cache(maxsize=64)
+def _make_filesystem(scheme: str, timeout: float, process: int, thread: int) -> Any:
     fs = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False, **_options(scheme, timeout))
     if scheme in ("s3", "s3a"):
         fs.retries = 1  # repeats are ours: three nested loops of them would take hours to give up

@@ -1,6 +1,7 @@
 """Shards of any place as one list: local ones with their index, remote ones with a count and a copy when it is needed."""
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from clip_train.data.index import ShardIndex, load_index, load_indexes
 from clip_train.data.remote import scheme_of
 from clip_train.data.shard_counts import remote_counts
 from clip_train.data.staging import Stager
+from clip_train.errors import DataError
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +29,12 @@ class StagedShard:
 
     def open(self) -> tuple[int, ShardIndex]:
         """A descriptor of the copy, which stays while it is open, and its index. Raises DataError."""
-        return self.stager.open(self.shard), _index(self.shard, self.stager)
+        descriptor = self.stager.open(self.shard)
+        try:
+            return descriptor, _index(self.shard, self.stager)
+        except DataError:
+            os.close(descriptor)
+            raise
 
 
 def open_shards(
@@ -46,7 +53,8 @@ def open_shards(
 
 
 def _staged_shards(urls: Sequence[str], stager: Stager) -> list[StagedShard]:
-    counts = dict(zip(urls, remote_counts(urls, stager.cache.cache_dir))) if urls else {}
+    found = remote_counts(urls, stager.cache.cache_dir, stager.retries, stager.timeout) if urls else []
+    counts = dict(zip(urls, found))
     unknown = [url for url, count in counts.items() if count is None]
     if unknown:
         log.warning("%d shards have to be fetched to be counted; a sizes.json beside them saves that", len(unknown))

@@ -155,7 +155,8 @@ class ShardCache:
             descriptor = os.open(self.path(url), os.O_RDONLY)
         except FileNotFoundError:
             return None
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        with suppress(OSError):  # a file system without locks: copies put there by hand are readable all the same
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
         if os.fstat(descriptor).st_nlink:
             return descriptor
         os.close(descriptor)  # evicted this very moment

@@ -26,8 +26,7 @@ class Stager:
 
     def __init__(self, cache_dir: str | Path, max_bytes: int, retries: int = 10, timeout: float = 60.0) -> None:
         self.cache = ShardCache(cache_dir, max_bytes)
-        self.timeout = timeout
-        self._max_retries = retries
+        self.retries, self.timeout = retries, timeout
         self._retried: list[str] = []
 
     @property
@@ -77,7 +76,7 @@ class Stager:
                 self._transfer(url, part, stream, cancelled)
                 return stream.modified
 
-        return with_retries(attempt, f"shard {url}", self._max_retries, cancelled, lambda: self._retried.append(url))
+        return with_retries(attempt, f"shard {url}", self.retries, cancelled, lambda: self._retried.append(url))
 
     def _transfer(self, url: str, part: Part, stream: RemoteStream, cancelled: Callable[[], bool]) -> None:
         """One attempt: write the bytes that are missing."""

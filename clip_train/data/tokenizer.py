@@ -44,7 +44,7 @@ class ClipTokenizer:
         self._tokenizer = _byte_pair_tokenizer()
 
     def __call__(
-        self, captions: Sequence[str], draws: Sequence[float] | None = None
+        self, captions: Sequence[str], draws: Sequence[float] | np.ndarray | None = None
     ) -> Int64[np.ndarray, "captions context"]:
         """Tokenize a batch.
 

@@ -1,6 +1,7 @@
 """What becomes of the data of whole runs: kills, damage, mixtures."""
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from PIL import Image
 from clip_train.training.csv_logger import read_metrics
 from clip_train.training.sample_log import read_sample_log
 from tests.cli.runs import TINY, clip_train, train_tiny
+from tests.data.failing_server import Fault, failing_server
 from tests.data.photos import encode
 
 ARGUMENTS = [*TINY, "data.val.shards=null", "data.sample_log=true", "data.num_workers=1"]
@@ -36,8 +38,9 @@ def test_killed_at_any_step_and_resumed_on_other_ranks_with_the_same_samples(tmp
     whole = clip_train(*run, "run_name=whole")
     assert whole.returncode == 0, whole.stderr
     killed = [*run, "run_name=killed", "resume=auto", "checkpoint.every=7 steps"]
-    for ranks, rows in ((2, 9), (4, 30)):
-        kill_after_rows(tmp_path / "killed" / "metrics.csv", rows, [*torchrun(ranks), "-m", *PROGRAM, *killed])
+    for ranks in (2, 4):
+        last_rank = tmp_path / "killed" / "samples" / f"rank_{ranks - 1:05d}.csv"
+        kill_when_longer(last_rank, 10 * 48 // ranks, [*torchrun(ranks), "-m", *PROGRAM, *killed])
     done = clip_train(*killed)
     assert done.returncode == 0, done.stderr
     expected, found = (read_sample_log(tmp_path / name / "samples") for name in ("whole", "killed"))
@@ -51,14 +54,12 @@ def test_killed_at_any_step_and_resumed_on_other_ranks_with_the_same_samples(tmp
 PROGRAM = ("clip_train.commands.train",)
 
 
-def kill_after_rows(metrics: Path, rows: int, command: list[str]) -> None:
-    """SIGKILL all of a run's processes when it has logged so many rows."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    )
+def kill_when_longer(file: Path, rows: int, command: list[str]) -> None:
+    """SIGKILL all of a run's processes when a file has more rows."""
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "start_new_session": True}
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
     deadline = time.monotonic() + 120
-    while not metrics.exists() or len(metrics.read_text().splitlines()) <= rows:
+    while not file.exists() or len(file.read_text().splitlines()) <= rows + 1:
         assert process.poll() is None, process.stderr and process.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -141,3 +142,23 @@ def test_waiting_for_data_is_explained(tmp_path, make_shards):
     assert "of the time goes into waiting for data" in log and "decoding pictures: raise data.num_workers (0" in log
     _, rows = read_metrics(tmp_path / "run" / "metrics.csv")
     assert float(rows[-1]["data/decode_ms"]) > float(rows[-1]["data/tokenize_ms"]) > 0
+
+
+def test_a_failing_server_costs_time_but_no_sample(tmp_path, make_shards):
+    paths = [Path(shard) for shard in make_shards([60] * 4)]
+    with failing_server() as server:
+        for path in paths:
+            server.add(f"/{path.name}", path.read_bytes())
+            server.faults[f"/{path.name}"] = [Fault(503), Fault(after=5000), Fault(after=9000, stall=True)]
+        server.add("/sizes.json", json.dumps({path.name: 60 for path in paths}).encode())
+        rows = train_tiny(
+            *(tmp_path, "run", f"data.train.shards={server.url}/{{00000..00003}}.tar", "data.val.shards=null"),
+            *(f"data.cache_dir={tmp_path}/cache", "data.timeout=1", "data.sample_log=true", "batch_size=40"),
+            "max_epochs=2",
+        )
+    assert len(rows) == 12
+    steps = list(read_sample_log(tmp_path / "run" / "samples").values())
+    for epoch in (steps[:6], steps[6:]):
+        names = sorted(name.rpartition("/")[2] for step in epoch for name in step)
+        assert names == sorted(f"{path.name}[{number}]" for path in paths for number in range(60))
+    assert float(rows[-1]["data/bad_samples"]) == 0

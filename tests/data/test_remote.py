@@ -1,6 +1,7 @@
 import builtins
 import json
 import os
+import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
@@ -128,6 +129,15 @@ def test_an_s3_server_that_is_not_there_is_tried_as_often_as_said(tmp_path, monk
     with pytest.raises(DataError, match=r"given up after 3 attempts: .*127.0.0.1:9"):
         stager.stage("s3://shards/set/00000.tar")
     assert stager.num_retries == 2
+
+
+def test_an_s3_server_that_does_not_answer(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        with pytest.raises(DataError, match=r"given up after 2 attempts: Read timeout"):
+            Stager(tmp_path, 10**9, retries=1, timeout=0.4).stage("s3://shards/set/00000.tar")
 
 
 def test_s3_globs(s3):

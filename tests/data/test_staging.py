@@ -81,7 +81,7 @@ def test_a_copy_that_comes_again_looks_the_same_to_an_index(server, stager):
     ],
 )
 def test_failures_that_pass_are_retried_counted_and_told(server, stager, caplog, fault, reason):
-    stager.timeout = 0.5
+    stager.timeout = 0.8
     url = server.add("/0.tar", CONTENT)
     server.faults["/0.tar"] = [fault, fault]
     assert stager.stage(url).read_bytes() == CONTENT
@@ -297,7 +297,7 @@ def test_worker_processes_stage_too(server, stager, method):
 
 
 def test_a_forked_child_does_not_hold_its_parents_locks(server, stager):
-    stager.timeout = 2
+    stager.timeout = 1
     url = server.add("/a.tar", CONTENT)
     server.faults["/a.tar"] = [Fault(after=2 * MB, stall=True)]
     part = Path(f"{stager.path(url)}.part")
@@ -343,11 +343,11 @@ def test_pipes(stager, tmp_path):
     [
         ("echo half; exit 3", "exit code 3"),
         ("no-such-program-at-all 2>/dev/null", "exit code 127"),
-        ("echo half; (sleep 60; echo) & wait", "no bytes for 0.5 s"),
+        ("echo half; (sleep 60; echo) & wait", "no bytes for 0.8 s"),
     ],
 )
 def test_pipes_that_fail(stager, tmp_path, command, reason):
-    stager.timeout = 0.5
+    stager.timeout = 0.8
     start = time.monotonic()
     with pytest.raises(DataError, match=f"given up after 3 attempts: .*{reason}") as error:
         stager.stage(f"pipe:{command}")

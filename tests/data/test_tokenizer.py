@@ -172,5 +172,5 @@ def test_quotes_and_other_scripts_end_sentences_too():
 
 
 def test_unknown_treatment_of_long_captions():
-    with pytest.raises(ConfigError, match="data.long_captions=cut is none of truncate, random_crop, sentence"):
+    with pytest.raises(ConfigError, match="long_captions=cut is none of truncate, random_crop, sentence"):
         ClipTokenizer(8, "cut")
