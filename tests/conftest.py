@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 from webdataset.writer import TarWriter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+settings.register_profile("no_deadline", deadline=None)  # tests assert behaviour, never time
+settings.load_profile("no_deadline")
 
 COLORS = ["red", "green", "blue", "yellow", "pink", "white", "black", "orange"]
 

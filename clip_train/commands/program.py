@@ -121,8 +121,9 @@ def _near(name: str, known: list[str]) -> str:
 def _known_keys(config_name: str) -> list[str]:
     GlobalHydra.instance().clear()
     with initialize_config_dir(config_dir(), version_base="1.3"):
-        config = compose(config_name)
-    groups = [path.name for path in Path(config_dir()).iterdir() if path.is_dir() and path.name != "hydra"]
+        config = compose(config_name, return_hydra_config=True)
+    groups = [group for group in config.hydra.runtime.choices if not group.startswith("hydra/")]
+    del config.hydra
     return groups + list(_leaves(OmegaConf.to_container(config, resolve=False), ""))
 
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,7 +133,7 @@ class CaptionSource:
         return _first_readable(self.keys, files)[0]
 
 
-def _first_readable(keys: "tuple[CaptionKey, ...] | list[CaptionKey]", files: Mapping[str, bytes]) -> list[str]:
+def _first_readable(keys: Sequence[CaptionKey], files: Mapping[str, bytes]) -> list[str]:
     """The captions of the first key that has any; else the first key's error."""
     errors = []
     for key in keys:

@@ -108,7 +108,7 @@ def decode_rgb(encoded: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Imag
     except Image.DecompressionBombError as error:
         raise UnusableImage(str(error), "image_too_large") from error
     except Exception as error:  # a damaged file raises what its decoder happens to stumble over
-        raise UnusableImage(f"unreadable image: {error}") from error
+        raise UnusableImage(f"unreadable image: {str(error).partition(' <_io')[0]}") from error
     if image.mode.startswith("I"):  # 16 bits per pixel
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

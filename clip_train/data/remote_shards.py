@@ -17,6 +17,7 @@ from clip_train.errors import DataError
 log = logging.getLogger(__name__)
 
 _THREADS = 4
+_EPOCHS_AHEAD = 4  # of a set small enough to be staged whole; a small source of a mixture has more than others
 
 
 @dataclass(frozen=True)
@@ -86,10 +87,12 @@ def urls_ahead(
     ranks: Sequence[int],
     world_size: int,
 ) -> Iterator[str]:
-    """The remote shards that these ranks read next, in the order of first need, for about an epoch."""
+    """The remote shards that these ranks read next, each once, in the order of first need."""
     seen: set[int] = set()
     upcoming = order.shards_ahead(samples_seen, batch_size, ranks, world_size)
-    for number in islice(upcoming, len(shard_names) + order.lanes):
+    for number in islice(upcoming, _EPOCHS_AHEAD * (len(shard_names) + order.lanes)):
+        if len(seen) == len(shard_names):
+            return
         if number not in seen and scheme_of(shard_names[number]):
             yield shard_names[number]
         seen.add(number)

@@ -13,7 +13,7 @@ class StageClock:
     """
 
     def __init__(self) -> None:
-        self.seconds = dict.fromkeys(STAGES, 0.0)
+        self.seconds: dict[str, float] = dict.fromkeys(STAGES, 0.0)
         self._last = time.perf_counter()
 
     def lap(self, stage: str) -> None:

@@ -72,6 +72,8 @@ def check_config(cfg: DictConfig, world: World) -> None:
         if ("null" if value is None else str(value)) not in choices:
             raise ConfigError(f"{key}={value} is none of {', '.join(choices)}")
     _check_logits(cfg)
+    if cfg.data.word_dropout > 1:
+        raise ConfigError(f"data.word_dropout={cfg.data.word_dropout} is a share: give at most 1")
     if rest := cfg.batch_size % world.size:
         below, above = cfg.batch_size - rest, cfg.batch_size - rest + world.size
         nearest = f"{below} or {above}" if below else str(above)

@@ -8,7 +8,7 @@ _WAITING = 0.1
 _SECONDS_BETWEEN_HINTS = 600
 _REMEDIES = {
     "read": "keep the shards on a faster disk (data.cache_dir stages remote ones)",
-    "decode": "store smaller pictures (clip-shards make resize=...)",
+    "decode": "store smaller pictures (clip-shards make image_size=...)",
     "augment": "do without randaugment and color_jitter",
     "tokenize": "shorten the captions",
     "collate": "lower the batch size per process",

@@ -137,11 +137,12 @@ def test_shards_come_before_the_batch_that_reads_them(sizes, lanes, world_size, 
         begin = start + step * size
         parts = [mixed.rank_positions(begin, size, rank, world_size) for rank in ranks]
         needed = set(mixed.locate(np.concatenate(parts))[0].tolist())
+        epochs = [int(b) - int(a) + 1 for a, b in zip(mixed.epochs(start), mixed.epochs(begin + size))]
+        most = sum(n * (len(counts) + lanes) for n, counts in zip(epochs, sizes))
         while not needed <= there:
             there.add(next(ahead))
             taken += 1
-        epochs = [int(b) - int(a) + 1 for a, b in zip(mixed.epochs(start), mixed.epochs(begin + size))]
-        assert taken <= sum(n * (len(counts) + lanes) for n, counts in zip(epochs, sizes))
+            assert taken <= most
 
 
 def test_epochs_of_each_source():

@@ -106,11 +106,11 @@ def test_shards_come_before_the_batch_that_reads_them(counts, lanes, window, wor
         begin = start + step * size
         parts = [order.rank_positions(begin, size, rank, world_size) for rank in ranks]
         needed = set(order.locate(np.concatenate(parts))[0].tolist())
+        epochs = (begin + size - 1) // sum(counts) - start // sum(counts) + 1
         while not needed <= there:
             there.add(next(ahead))
             taken += 1
-        epochs = (begin + size - 1) // sum(counts) - start // sum(counts) + 1
-        assert taken <= epochs * (len(counts) + lanes)
+            assert taken <= epochs * (len(counts) + lanes)
 
 
 def test_shards_ahead_are_those_of_the_ranks_in_the_order_of_need():

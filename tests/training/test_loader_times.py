@@ -23,7 +23,7 @@ def test_a_hint_names_the_slow_stage_and_the_setting():
 
 
 def test_where_processors_are_used_up_the_hint_is_another():
-    for decode, remedy in (("exact", "set data.decode=fast"), ("fast", "clip-shards make resize=")):
+    for decode, remedy in (("exact", "set data.decode=fast"), ("fast", "clip-shards make image_size=")):
         times = LoaderTimes(2, 2, decode)
         times.add(SECONDS, samples=10)
         assert remedy in (times.hint(0.5) or "")

@@ -1,0 +1,1 @@
+"""Shards as files: making, indexing, checking, describing and timing them. The library behind `clip-shards`."""

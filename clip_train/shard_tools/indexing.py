@@ -1,0 +1,53 @@
+"""The indexes of many shards, of which some may be damaged."""
+
+from collections.abc import Generator, Sequence
+from functools import partial
+
+import numpy as np
+
+from clip_train.data.index import ShardIndex, load_index
+from clip_train.data.tar_scan import scan_tar
+from clip_train.errors import DataError
+from clip_train.shard_tools.damage import Damage
+from clip_train.shard_tools.parallel import run_parallel
+
+SHARD_UNREADABLE = "shard_unreadable"
+
+
+def index_shards(
+    shards: Sequence[str], cache_dir: str | None, num_workers: int, rescan: bool = False
+) -> Generator[ShardIndex | Damage, None, None]:
+    """The index of each shard, in no order, or why it has none.
+
+    Args:
+        shards: local paths.
+        cache_dir: where the indexes are kept; None is beside the shards.
+        num_workers: processes.
+        rescan: read all headers even if there is an index, as they may have been damaged since.
+    """
+    yield from run_parallel(partial(_index_shard, cache_dir=cache_dir, rescan=rescan), shards, num_workers)
+
+
+def build_indexes(shards: Sequence[str], cache_dir: str | None, num_workers: int) -> Generator[ShardIndex, None, None]:
+    """Build the indexes that are missing, in no order.
+
+    Raises:
+        DataError: a shard is damaged, or an index cannot be written.
+    """
+    for result in index_shards(shards, cache_dir, num_workers):
+        if isinstance(result, Damage):
+            raise DataError(result.detail)
+        if not isinstance(load_index(result.shard, cache_dir).read_extents(), np.memmap):
+            where = cache_dir or "beside it"
+            raise DataError(f"the index of {result.shard} cannot be written {where}: give cache_dir= another folder")
+        yield result
+
+
+def _index_shard(shard: str, cache_dir: str | None, rescan: bool) -> ShardIndex | Damage:
+    try:
+        if rescan:
+            for _ in scan_tar(shard):
+                pass
+        return load_index(shard, cache_dir)
+    except (DataError, OSError) as error:
+        return Damage(SHARD_UNREADABLE, shard, "", str(error))
