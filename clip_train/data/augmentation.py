@@ -143,7 +143,7 @@ def _randaugment(pixels: Pixels, seed: float, num_ops: int, magnitude: int) -> n
 def _erase(pixels: Pixels, seed: float, count: int) -> None:
     """Fill rectangles with noise."""
     height, width = pixels.shape[:2]
-    log_ratio = [math.log(ratio) for ratio in _ERASED_RATIO]
+    log_ratio = math.log(_ERASED_RATIO[0]), math.log(_ERASED_RATIO[1])
     for number, draws in enumerate(keyed_uniforms(_whole(seed), np.arange(count), count=4).tolist()):
         area = _between(*_ERASED_AREA, draws[0]) * height * width / count
         aspect = math.exp(_between(*log_ratio, draws[1]))

@@ -125,7 +125,7 @@ def _plain_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
     except ValueError:
         return None
-    return (width, height) if colorspace in ("YCbCr", "Gray", "RGB") else None
+    return (int(width), int(height)) if colorspace in ("YCbCr", "Gray", "RGB") else None
 
 
 def _is_turned(encoded: bytes) -> bool:

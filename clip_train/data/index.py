@@ -28,8 +28,8 @@ ABSENT = -1
 class ShardIndex:
     """Where the files of one shard's samples lie.
 
-    `read_extents()[i, j]` is the (offset, size) of sample i's file with extension `extensions[j]`; an offset of `ABSENT` means
-    that the sample has none. `files_per_extension[j]` counts the samples that have one.
+    `read_extents()[i, j]` is the (offset, size) of sample i's file with extension `extensions[j]`; an offset of
+    `ABSENT` means that the sample has none. `files_per_extension[j]` counts the samples that have one.
     """
 
     shard: str

@@ -31,8 +31,15 @@ class UnusableSample(ValueError):
 class RemoteShard(Protocol):
     """A shard that is brought here when it is first read."""
 
-    shard: str
-    count: int
+    @property
+    def shard(self) -> str:
+        """Its address."""
+        ...
+
+    @property
+    def count(self) -> int:
+        """How many samples it has."""
+        ...
 
     def open(self) -> tuple[int, ShardIndex]:
         """A descriptor of a local copy, which stays while it is open, and its index. Raises DataError."""

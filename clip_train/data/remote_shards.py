@@ -1,4 +1,4 @@
-"""Shards of any place as one list: local ones with their index, remote ones with a count and a copy when it is needed."""
+"""Shards of any place as one list: local ones with their index, remote ones with a count, copied when they are read."""
 
 import logging
 import os

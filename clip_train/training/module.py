@@ -102,7 +102,8 @@ class ClipModule(L.LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         start = time.perf_counter()
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        return {**moved, "seconds": {**batch["seconds"], "transfer": time.perf_counter() - start}}
+        moved["seconds"] = {**batch["seconds"], "transfer": time.perf_counter() - start}
+        return moved
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         settings = {name: self.optim[name] for name in ("lr", "weight_decay", "betas", "eps")}

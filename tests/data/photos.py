@@ -10,8 +10,7 @@ from sklearn.datasets import load_sample_images
 
 def photographs() -> list[Image.Image]:
     """A portrait, 512 x 600, and a temple and a flower, 640 x 427."""
-    with get_sample_data("grace_hopper.jpg") as file:
-        portrait = Image.open(io.BytesIO(file.read())).convert("RGB")
+    portrait = Image.open(str(get_sample_data("grace_hopper.jpg", asfileobj=False))).convert("RGB")
     return [portrait, *(Image.fromarray(np.asarray(image)) for image in load_sample_images().images)]
 
 

@@ -130,7 +130,8 @@ def test_erasing_fills_rectangles_with_noise():
         shares.append(erased.mean())
     assert 0.01 < min(shares) < max(shares) <= 0.34
     assert np.mean(shares) > 0.08
-    assert np.array_equal(*(augmented(augmentation, encoded, 64, DRAWS[0]) for _ in range(2)))
+    again, once = (augmented(augmentation, encoded, 64, DRAWS[0]) for _ in range(2))
+    assert np.array_equal(again, once)
 
 
 def test_randaugment_is_keyed_and_leaves_the_generator_alone():

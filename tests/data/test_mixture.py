@@ -2,7 +2,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_train.data.mixture import BLOCK, Mixture
@@ -58,7 +58,6 @@ def test_only_the_ratios_of_weights_matter():
     assert stream(mixture(), 0, 5000) == stream(scaled, 0, 5000)
 
 
-@settings(deadline=None)
 @given(sizes, lanes)
 def test_every_source_goes_through_its_samples_epoch_by_epoch(sizes, lanes):
     mixed = invented(sizes, seed=1, lanes=lanes, window=7)
@@ -75,7 +74,6 @@ def test_every_source_goes_through_its_samples_epoch_by_epoch(sizes, lanes):
         first_shard += len(counts)
 
 
-@settings(deadline=None)
 @given(sizes, st.integers(0, 1000), st.integers(1, 60))
 def test_order_does_not_depend_on_where_one_starts(sizes, start, length):
     first = BLOCK - 500
@@ -126,7 +124,6 @@ def test_a_rank_reads_its_lanes_and_a_little_of_the_next_ones():
     assert max(touched) < 1.3 * 9600 / 8
 
 
-@settings(deadline=None)
 @given(sizes, lanes, world_sizes, st.data())
 def test_shards_come_before_the_batch_that_reads_them(sizes, lanes, world_size, data):
     ranks = data.draw(st.lists(st.integers(0, world_size - 1), min_size=1, unique=True))

@@ -4,7 +4,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_train.data.order import SampleOrder
@@ -28,7 +28,6 @@ def test_every_sample_once_per_epoch(counts, lanes, window, epoch):
     assert sorted(seen) == [(shard, i) for shard, count in enumerate(counts) for i in range(count)]
 
 
-@settings(deadline=None)
 @given(counts, lanes, windows, st.integers(0, 200), st.integers(1, 60))
 def test_order_does_not_depend_on_where_one_starts(counts, lanes, window, start, length):
     order = SampleOrder(counts, seed=1, lanes=lanes, window=window)
@@ -86,7 +85,6 @@ def test_batches_are_drawn_from_everywhere():
     assert len(set(shards.tolist())) == 10
 
 
-@settings(deadline=None)
 @given(counts, lanes, windows, st.lists(st.integers(0, 250), max_size=50))
 def test_positions_may_come_in_any_order(counts, lanes, window, positions):
     order = SampleOrder(counts, seed=1, lanes=lanes, window=window)
@@ -95,7 +93,6 @@ def test_positions_may_come_in_any_order(counts, lanes, window, positions):
     assert list(zip(shards.tolist(), samples.tolist())) == [whole[position] for position in positions]
 
 
-@settings(deadline=None)
 @given(counts, lanes, windows, world_sizes, st.data())
 def test_shards_come_before_the_batch_that_reads_them(counts, lanes, window, world_size, data):
     ranks = data.draw(st.lists(st.integers(0, world_size - 1), min_size=1, unique=True))

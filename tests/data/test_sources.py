@@ -8,7 +8,7 @@ from clip_train.data.sources import open_sources, order_sources
 from clip_train.errors import ConfigError, DataError
 
 
-def sources(shards, caption_key="txt", image_key="png"):
+def sources(shards: list[str], caption_key: str | list[str] = "txt", image_key: str = "png"):
     return open_sources(
         "::".join(shards), image_key, caption_key, lambda pattern: load_indexes(expand_shards(pattern, "x")), "data"
     )

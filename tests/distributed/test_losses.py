@@ -69,9 +69,7 @@ CASES = st.fixed_dictionaries(
 )
 
 
-@settings(
-    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=CASES)
 def test_equals_the_definition(pool, case):
     check(pool, **case)

@@ -37,7 +37,7 @@ def captions(shards: list[list[dict]]) -> list[str]:
         st.fixed_dictionaries({"num_shards": st.integers(1, 6)}),
     ),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_shards_are_balanced_and_hold_every_usable_row_in_order(tmp_path_factory, count, bad, layout):
     folder = tmp_path_factory.mktemp("make")
     usable = [row for row in range(count) if row not in bad]

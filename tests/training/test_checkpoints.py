@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from clip_train.training.checkpoints import AtomicCheckpointIO, Checkpointing, passes
+from clip_train.training.loader_times import LoaderTimes
 from clip_train.training.metrics import TrainMetrics
 
 
@@ -29,7 +30,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
 
 def test_what_lies_ahead_of_a_resumed_run_goes_and_the_newest_stay(tmp_path):
-    metrics = TrainMetrics(10, 32)
+    metrics = TrainMetrics(10, 32, lambda samples_seen: {}, LoaderTimes(0, 1, "fast"))
     checkpointing = Checkpointing(tmp_path, None, keep=2, metrics=metrics)
     for samples in (500, 2000, 3000):
         (tmp_path / f"samples_{samples:014d}.ckpt").touch()
