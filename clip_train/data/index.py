@@ -44,7 +44,7 @@ class ShardIndex:
             return self._source
         path, offset = self._source
         shape = (self.num_samples, len(self.extensions), 2)
-        return np.memmap(path, dtype=np.int64, mode="r", offset=offset, shape=shape)
+        return np.asarray(np.memmap(path, dtype=np.int64, mode="r", offset=offset, shape=shape))
 
 
 def load_indexes(

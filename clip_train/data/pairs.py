@@ -172,11 +172,9 @@ class PairReader:
         complete = len(opened.extents) if opened.rows is None else len(opened.rows)
         if sample >= complete:
             raise UnusableSample(f"{self._shards[shard].shard} has {complete} samples, not {self.counts[shard]}")
-        row = opened.extents[sample if opened.rows is None else opened.rows[sample]]
+        row = opened.extents[sample if opened.rows is None else opened.rows[sample]].tolist()
         present = {
-            extension: (int(offset), int(size))
-            for extension, (offset, size) in zip(opened.extensions, row)
-            if offset != ABSENT
+            extension: (offset, size) for extension, (offset, size) in zip(opened.extensions, row) if offset != ABSENT
         }
         image = next(extension for extension in keys.images if extension in present)
         wanted = (image, *(extension for extension in keys.captions.extensions if extension in present))
