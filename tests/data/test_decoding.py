@@ -48,7 +48,7 @@ def test_turned_by_exif_comes_out_upright(format, orientation):
 
 @pytest.mark.parametrize("reduction", [1, 2, 4, 8])
 def test_reduced_decoding_is_aligned_with_the_whole(reduction):
-    photo = photographs()[1]  # 640 x 427: the last row of squares is incomplete
+    photo = photographs()[2].crop((0, 0, 640, 427))  # the last row of squares is incomplete
     image = EncodedImage(encode(photo, "JPEG", quality=90))
     box = (16, 64, 640, 427)
     part = image.decode(box, reduction)
