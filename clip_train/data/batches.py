@@ -155,7 +155,7 @@ def pixel_buffer(count: int, size: int) -> UInt8[Tensor, "count size size 3"]:
     """Room for pictures; in a loader's worker in shared memory, so that they need not be copied to be sent."""
     shape = (count, size, size, 3)
     if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
+        return torch.from_numpy(np.empty(shape, dtype=np.uint8))  # numpy asks for huge pages, torch does not
     storage = torch.UntypedStorage(0)._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]
 

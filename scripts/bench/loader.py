@@ -37,7 +37,8 @@ def main() -> None:
         sets = [first_of(args.shards, args.work)] if args.shards else built_sets(args.work)
     except DataError as error:
         sys.exit(str(error))
-    machine = "".join(f"- {key}: {value}\n" for key, value in describe_machine(_DESCRIBED).items())
+    described = {**describe_machine(_DESCRIBED), "other work": f"{os.getloadavg()[0]:.1f} processes in the last minute"}
+    machine = "".join(f"- {key}: {value}\n" for key, value in described.items())
     print(machine)
     sections = []
     for pictures in sets:
