@@ -38,6 +38,11 @@ class ShardIndex:
     num_samples: int
     _source: "np.ndarray | tuple[str, int]"
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether it lies in a file, for the next process."""
+        return not isinstance(self._source, np.ndarray)
+
     def read_extents(self) -> Int64[np.ndarray, "samples extensions 2"]:
         """The extents, mapped into memory; not kept, as a process can map some 65,000 files."""
         if isinstance(self._source, np.ndarray):

@@ -3,8 +3,6 @@
 from collections.abc import Generator, Sequence
 from functools import partial
 
-import numpy as np
-
 from clip_train.data.index import ShardIndex, load_index
 from clip_train.data.tar_scan import scan_tar
 from clip_train.errors import DataError
@@ -37,7 +35,7 @@ def build_indexes(shards: Sequence[str], cache_dir: str | None, num_workers: int
     for result in index_shards(shards, cache_dir, num_workers):
         if isinstance(result, Damage):
             raise DataError(result.detail)
-        if not isinstance(load_index(result.shard, cache_dir).read_extents(), np.memmap):
+        if not load_index(result.shard, cache_dir).is_kept:
             where = cache_dir or "beside it"
             raise DataError(f"the index of {result.shard} cannot be written {where}: give cache_dir= another folder")
         yield result

@@ -20,7 +20,7 @@ from clip_train.training.module import ClipModule
 log = logging.getLogger(__name__)
 
 # Bytes left free: for the next batch, the loss's tiles, and because no two steps fragment memory alike.
-_MARGIN = {"cpu": 1 << 28, "cuda": 1 << 29}
+_MARGIN = 1 << 29
 
 
 class MicroBatchSearch(Callback):
@@ -64,7 +64,7 @@ def _hold_what_a_step_holds(module: ClipModule, images: Tensor, texts: Tensor, p
     # The loss: both features, their gradients and those of the gathered texts, with these.
     rows = 4 * len(images) + 2 * module.clock.batch_size
     held.append(torch.ones(rows, module.model.vision.projection.out_features, device=module.device))
-    held.append(torch.ones(_MARGIN[module.device.type] // 4, device=module.device))
+    held.append(torch.ones(_MARGIN // 4, device=module.device))
     try:
         with module.trainer.precision_plugin.train_step_context():
             cached_backward(

@@ -8,7 +8,7 @@ import pytest
 from tests.cli.runs import TINY, clip_train
 
 # A tiny model takes some 1.1 GiB with all libraries, and 8192 pairs at once 3 GiB more.
-LIMITED = ("prlimit", f"--data={2000 << 20}", sys.executable)
+LIMITED = ("prlimit", f"--data={2400 << 20}", sys.executable)
 BATCH = ("batch_size=8192", "max_steps=1", "data.val.shards=null")
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
