@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 
 from clip_train.data.decoding import Box, EncodedImage, Pixels, reduction_for
 from clip_train.data.keyed_random import keyed_bits, keyed_uniforms
+from clip_train.errors import ConfigError
 
 _CROP_TRIES = 10
 _CROP_DRAWS = 2 * _CROP_TRIES + 2
@@ -49,6 +50,18 @@ class Augmentation:
     re_count: int = 1
 
     num_draws = _DRAWS_PER_SAMPLE
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for values that cannot be used."""
+        _check("scale", self.scale, 2, 0, 1)
+        _check("ratio", self.ratio, 2, 1e-3)
+        _check("color_jitter", self.color_jitter, 4)
+        for name in ("flip_prob", "color_jitter_prob", "gray_scale_prob", "re_prob"):
+            _check(name, [getattr(self, name)], 1, 0, 1)
+        if not isinstance(self.re_count, int) or self.re_count < 1:
+            raise ConfigError(f"data.augmentation.re_count={self.re_count} is not a number of at least 1")
+        if self.randaugment is not None and set(self.randaugment) != {"num_ops", "magnitude"}:
+            raise ConfigError(f"data.augmentation.randaugment={self.randaugment} is not {{num_ops: .., magnitude: ..}}")
 
     def crop(self, image: EncodedImage, size: int, draws: Sequence[float], fast: bool = True) -> Pixels:
         """The pixels of a random crop, at least `size` each way if the picture has them.
@@ -93,8 +106,8 @@ class Augmentation:
                 top = int(draws[_CROP_DRAWS - 1] * (height - crop_height + 1))
                 return left, top, left + crop_width, top + crop_height
         aspect = min(max(width / height, self.ratio[0]), self.ratio[1])
-        crop_width = min(width, round(height * aspect))
-        crop_height = min(height, round(width / aspect))
+        crop_width = max(1, min(width, round(height * aspect)))
+        crop_height = max(1, min(height, round(width / aspect)))
         left, top = (width - crop_width) // 2, (height - crop_height) // 2
         return left, top, left + crop_width, top + crop_height
 
@@ -107,6 +120,12 @@ class Augmentation:
         mean = np.asarray(image).mean() * (1 + brightness)
         offset = -contrast * mean  # contrast leaves the mean where it is
         return image.convert("RGB", tuple(np.column_stack([linear, [offset] * 3]).ravel().tolist()))
+
+
+def _check(name: str, values: object, count: int, least: float = 0, largest: float = math.inf) -> None:
+    numbers = values if isinstance(values, Sequence) else ()
+    if len(numbers) != count or not all(isinstance(n, int | float) and least <= n <= largest for n in numbers):
+        raise ConfigError(f"data.augmentation.{name}={values} is not {count} number(s) from {least:g} to {largest:g}")
 
 
 def _color_matrix(saturation: float, hue: float) -> np.ndarray:

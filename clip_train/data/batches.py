@@ -90,10 +90,12 @@ class TrainBatches(Dataset[Batch]):
         positions = self.order.rank_positions(start, self.batch_size, self.rank, self.world_size)
         shards, samples = (numbers.tolist() for numbers in self.order.locate(positions))
         image = pixel_buffer(len(positions), self.image_size)
+        clock.lap("collate")
         try:
             self.reader.will_need(zip(shards, samples))
-            captions = self._fill(image.numpy(), positions, zip(shards, samples), bad, clock)
-            names = [self.reader.name(*sample) for sample in zip(shards, samples)] if self.with_names else []
+            clock.lap("read")
+            captions, used = self._fill(image.numpy(), positions, zip(shards, samples), bad, clock)
+            names = [self.reader.name(*sample) for sample in zip(shards, used)] if self.with_names else []
         except DataError as error:
             return failed(str(error), bad)
         text = self._tokens(captions, positions)
@@ -107,41 +109,46 @@ class TrainBatches(Dataset[Batch]):
         samples: Iterable[tuple[int, int]],
         bad: list[BadSample],
         clock: StageClock,
-    ) -> list[str]:
-        """Make the pictures; returns the captions."""
+    ) -> tuple[list[str], list[int]]:
+        """Make the pictures; returns the captions, and the numbers in their shards of the samples that were used."""
         draws = keyed_uniforms(AUGMENTATION, self.order.seed, positions, count=self.augmentation.num_draws).tolist()
         choices = keyed_uniforms(CAPTION_CHOICE, self.order.seed, positions, count=1)[:, 0].tolist()
-        captions = []
+        captions, used = [], []
         for (shard, sample), out, draw, choice in zip(samples, pixels, draws, choices):
             clock.lap("collate")
-            crop, caption = self._usable(shard, sample, draw, choice, bad, clock)
+            crop, caption, number = self._usable(shard, sample, draw, choice, bad, clock)
             self.augmentation.finish(crop, draw, out)
             clock.lap("augment")
             captions.append(caption)
-        return captions
+            used.append(number)
+        return captions, used
 
     def _usable(
         self, shard: int, sample: int, draws: list[float], choice: float, bad: list[BadSample], clock: StageClock
-    ) -> tuple[Pixels, str]:
-        """Crop and caption of the sample, or of the next usable one in its shard; the sample itself goes to `bad`."""
+    ) -> tuple[Pixels, str, int]:
+        """Crop, caption and number of the sample, or of the next usable one in its shard; then it goes to `bad`."""
         count = self.reader.counts[shard]
         reason: Exception | None = None
+        first = sample
         for step in range(min(count, _MAX_CONSECUTIVE_BAD)):
+            number = (first + step) % count
             try:
-                pair = self.reader.read(shard, (sample + step) % count)
+                pair = self.reader.read(shard, number)
                 caption = pair.caption(choice)
                 clock.lap("read")
                 image = EncodedImage(pair.image, self.max_image_pixels)
                 crop = self.augmentation.crop(image, self.image_size, draws, fast=self.decode == "fast")
                 clock.lap("decode")
-                return crop, caption
+                return crop, caption, number
             except _UNUSABLE as error:
                 reason = error
                 if step == 0:
                     name, key = self.reader.shard_names[shard], self.reader.key(shard, sample)
                     bad.append(BadSample(error.kind, name, key, str(error)))
-        first, tried = self.reader.name(shard, sample), min(count, _MAX_CONSECUTIVE_BAD)
-        raise DataError(f"{tried} unusable samples in a row, from {first} on ({reason})")
+                if isinstance(error, UnusableSample):
+                    first = -step - 1  # the shard is shorter than it was said to be: go on from its beginning
+        name, tried = self.reader.name(shard, sample), min(count, _MAX_CONSECUTIVE_BAD)
+        raise DataError(f"{tried} unusable samples in a row, from {name} on ({reason})")
 
     def _tokens(self, captions: list[str], positions: np.ndarray) -> Int64[np.ndarray, "b context"]:
         seed = self.order.seed
@@ -154,7 +161,7 @@ class TrainBatches(Dataset[Batch]):
 def pixel_buffer(count: int, size: int) -> UInt8[Tensor, "count size size 3"]:
     """Room for pictures; in a loader's worker in shared memory, so that they need not be copied to be sent."""
     shape = (count, size, size, 3)
-    if get_worker_info() is None:
+    if count == 0 or get_worker_info() is None:
         return torch.from_numpy(np.empty(shape, dtype=np.uint8))  # numpy asks for huge pages, torch does not
     storage = torch.UntypedStorage(0)._new_shared(math.prod(shape))
     return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)  # pyright: ignore[reportCallIssue, reportArgumentType]

@@ -12,7 +12,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 # What Pillow warns of as a decompression bomb.
 MAX_IMAGE_PIXELS = 89_478_485
 _REDUCTIONS = (8, 4, 2)  # by these libjpeg-turbo decodes faster than in full; by other eighths it is slower
-_EXIF_WITHIN = 4096
+_EXIF_WITHIN = 1 << 16
 _LARGEST_KEPT = 1 << 25
 
 Pixels = UInt8[np.ndarray, "height width 3"]
@@ -86,6 +86,8 @@ class EncodedImage:
             return simplejpeg.decode_jpeg(self._encoded, **options, buffer=_scratch.of(height * width * 3))
         except ValueError:  # damaged, or odd in a way that Pillow may be able to read
             image = decode_rgb(self._encoded, self._max_pixels)
+            if image.size != (self.width, self.height):
+                raise UnusableImage("unreadable image: its size is not what its header says") from None
             return np.asarray(image if reduction == 1 else image.resize((width, height), Image.Resampling.BOX))
 
 

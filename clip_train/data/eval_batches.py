@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from clip_train.data.batches import Batch, assemble, failed, pixel_buffer
 from clip_train.data.captions import UnusableCaption
-from clip_train.data.decoding import Pixels, UnusableImage
+from clip_train.data.decoding import MAX_IMAGE_PIXELS, Pixels, UnusableImage
 from clip_train.data.pairs import PairReader, UnusableSample
 from clip_train.data.preprocessing import preprocess
 from clip_train.data.tokenizer import ClipTokenizer
@@ -26,6 +26,7 @@ class EvalBatches(Dataset[Batch]):
     image_size: int
     resize_mode: str = "shortest"
     interpolation: str = "bicubic"
+    max_image_pixels: int = MAX_IMAGE_PIXELS
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -46,7 +47,8 @@ class EvalBatches(Dataset[Batch]):
     def picture_and_caption(self, index: int) -> tuple[Pixels, str]:
         """One sample. Raises UnusableImage, UnusableCaption, UnusableSample or DataError."""
         pair = self.reader.read(*self._locate(index))
-        return preprocess(pair.image, self.image_size, self.resize_mode, self.interpolation), pair.first_caption()
+        pixels = preprocess(pair.image, self.image_size, self.resize_mode, self.interpolation, self.max_image_pixels)
+        return pixels, pair.first_caption()
 
     def _locate(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, index, side="right"))

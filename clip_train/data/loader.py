@@ -1,5 +1,7 @@
 """The loader: which batches, in which processes."""
 
+import multiprocessing
+import os
 import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -8,6 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_train.data.batches import Batch
+
+_may_end = multiprocessing.Event()
 
 
 class BatchStarts(Sampler[int]):
@@ -40,7 +44,14 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def let_workers_end() -> None:
+    """From now on workers end when they are told to, even in the middle of a download."""
+    _may_end.set()
+
+
 def _init_worker(_: int) -> None:
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # schedulers signal every process; the trainer ends its workers itself
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # schedulers signal every process; the trainer decides
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if _may_end.is_set() else None)

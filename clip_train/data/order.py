@@ -135,12 +135,13 @@ class SampleOrder:
         return permutations
 
     def _shard_order(self, epoch: int) -> ShardOrder:
-        if epoch not in self._shard_orders:
+        order = self._shard_orders.get(epoch)
+        if order is None:
             _make_room(self._shard_orders)
             shards = keyed_permutation(SHARD_ORDER, self.seed, epoch, size=len(self.counts))
             ends = np.cumsum(self.counts[shards])
-            self._shard_orders[epoch] = ShardOrder(shards, ends - self.counts[shards], ends)
-        return self._shard_orders[epoch]
+            order = self._shard_orders[epoch] = ShardOrder(shards, ends - self.counts[shards], ends)
+        return order
 
 
 class LanesReached:
@@ -164,4 +165,4 @@ def groups(values: Int64[np.ndarray, " n"]) -> Iterator[tuple[int, np.ndarray | 
 def _make_room(cache: dict) -> None:
     """Let the oldest go."""
     if len(cache) >= _KEPT:
-        del cache[next(iter(cache))]
+        cache.pop(next(iter(cache)), None)  # another thread may have been here

@@ -12,8 +12,8 @@ from clip_train.data.captions import CaptionSource, UnusableCaption
 from clip_train.data.index import ABSENT, ShardIndex
 from clip_train.errors import DataError
 
-_MAX_OPEN_SHARDS = 256
-_MAX_OPEN_COPIES = 64  # of remote shards: those cannot make room for others
+_MAX_OPEN_SHARDS = 512
+_MAX_OPEN_COPIES = 256  # of remote shards: those cannot make room for others
 _PROBED_SAMPLES = 100
 _WORTH_READING_OVER = 1 << 16  # bytes between two files of a sample that cost less than a second call
 
@@ -163,7 +163,7 @@ class PairReader:
             offset, _ = next(iter(self._extents(shard, sample).values()))
         except UnusableSample:
             return ""
-        header = os.pread(self._open(shard).descriptor, 100, offset - 512)
+        header = self._pread(shard, 100, offset - 512)
         return header.split(b"\0", 1)[0].decode("utf-8", "replace").rpartition("/")[2].partition(".")[0]
 
     def _extents(self, shard: int, sample: int) -> dict[str, tuple[int, int]]:
@@ -242,7 +242,11 @@ def _opened(shard: ShardIndex | RemoteShard, keys: _Keys) -> _OpenShard:
             raise DataError(f"shard {shard.shard} cannot be read any more: {error.strerror}") from error
     else:
         descriptor, index = shard.open()
-    return _OpenShard(descriptor, index.extensions, index.read_extents(), _complete_rows(index, keys))
+    try:
+        return _OpenShard(descriptor, index.extensions, index.read_extents(), _complete_rows(index, keys))
+    except (DataError, OSError, ValueError) as error:
+        os.close(descriptor)
+        raise DataError(f"the index of shard {shard.shard} cannot be read any more: {error}") from error
 
 
 def _complete_rows(index: ShardIndex, keys: _Keys) -> np.ndarray | None:

@@ -58,6 +58,8 @@ def order_sources(
         _check_distinct(sources)
         counts = [count for reader in sources.values() for count in reader.counts]
         return SampleOrder(counts, seed=seed, lanes=lanes, window=window)
+    if isinstance(weights, str) or not isinstance(weights, Sequence):
+        raise ConfigError(f"data.train.weights={weights} is not a list, such as [3,1]")
     if len(weights) != len(sources):
         raise ConfigError(
             f"data.train.weights={list(weights)} are {len(weights)}, the sources of data.train.shards {len(sources)}"
@@ -95,6 +97,8 @@ def _names(patterns: Sequence[str]) -> list[str]:
     names: list[str] = []
     for number, pattern in enumerate(patterns):
         folder = PurePosixPath(pattern).parent.name
-        name = folder if re.fullmatch(r"\w[\w.-]*", folder) else f"source_{number}"
-        names.append(name if name not in names else f"{name}_{number}")
+        name = folder if re.fullmatch(r"\w[\w.-]*", folder) else "source"
+        while name in names:
+            name = f"{name}_{number}"
+        names.append(name)
     return names

@@ -1,6 +1,7 @@
 """Staging of what the loaders will need next, in the background of one process per node."""
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 from clip_train.data.retries import Cancelled
@@ -8,6 +9,7 @@ from clip_train.data.staging import Stager
 
 _LEAST_INTERVAL_S = 1.0
 _SECONDS_TO_LEAVE = 2.0
+_PAUSE = 20  # times as long as planning took
 
 
 class StageAhead:
@@ -79,11 +81,13 @@ class StageAhead:
     def _keep_planning(self) -> None:
         while self._due.wait() and not self._closed.is_set():
             self._due.clear()
+            begin = time.monotonic()
             missing = self._plan()
+            spent = time.monotonic() - begin
             with self._planned:
                 self._missing = [url for url in dict.fromkeys(missing) if url not in self._in_flight]
                 self._planned.notify_all()
-            self._closed.wait(_LEAST_INTERVAL_S)
+            self._closed.wait(max(_LEAST_INTERVAL_S, _PAUSE * spent))  # the trainer needs the interpreter, too
 
     def _plan(self) -> list[str]:
         """The upcoming shards that are not staged, as far as the budget reaches; touches those that are."""

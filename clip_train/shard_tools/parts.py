@@ -145,7 +145,7 @@ def _sample(record: Record, resizing: Resizing) -> dict[str, Any] | Damage:
         return _damage(record, "caption_not_utf8", error)
     except FileNotFoundError as error:
         return _damage(record, "image_missing", error)
-    except (UnusableCaption, _UnreadableJson, OSError) as error:
+    except (UnusableCaption, _UnreadableJson, OSError, ValueError) as error:
         return _damage(record, getattr(error, "kind", "image_unreadable"), error)
     sample = {"__key__": record.key, picture.extension: picture.encoded, "txt": caption}
     if columns or len(captions) > 1:

@@ -89,6 +89,7 @@ class ClipDataModule(L.LightningDataModule):
                 image_size,
                 val["resize_mode"],
                 val["interpolation"],
+                data["max_image_pixels"],
             )
             for name, patterns in _named_sets(data["val"]["shards"]).items()
         }
@@ -99,6 +100,9 @@ class ClipDataModule(L.LightningDataModule):
 
     def _open_val(self, name: str, patterns: str | Sequence[str], val: Mapping[str, Any]) -> PairReader:
         shards = self._open_shards(patterns, "data.val.shards")
+        for key in ("image_key", "caption_key"):
+            if isinstance(val[key], list):
+                raise ConfigError(f"data.val.{key} is not given, and data.{key} has one entry per source: give one")
         reader = PairReader(shards, val["image_key"], val["caption_key"], "data.val")
         if reader.num_incomplete:
             raise DataError(f"validation set {name}: {reader.num_incomplete} samples lack an image or a caption")
@@ -119,10 +123,11 @@ class ClipDataModule(L.LightningDataModule):
         return any(scheme_of(name) for name in self.batches.reader.shard_names)
 
     def fingerprint(self) -> str:
-        """Differs where shards, their sizes, or their order differ."""
-        reader = self.batches.reader
-        names = [name.rpartition("/")[2] for name in reader.shard_names]  # nodes may mount them in different places
-        return hashlib.sha256(json.dumps([names, reader.counts]).encode()).hexdigest()[:16]
+        """Differs where shards, their sizes, or their order differ, in the training or a validation set."""
+        readers = [self.batches.reader, *(batches.reader for batches in self.val_sets.values())]
+        # Nodes may have the folders in different places.
+        seen = [[[name.rpartition("/")[2] for name in reader.shard_names], reader.counts] for reader in readers]
+        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
 
     @property
     def num_samples(self) -> int:

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor
 
+from clip_train.data.loader import let_workers_end
 from clip_train.data.tokenizer import VOCAB_SIZE
 from clip_train.models import DualEncoder, create_dual_encoder
 from clip_train.training.agreement import RankAgreement
@@ -95,13 +96,16 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
         announce=lambda: announce(console, cfg, folder, module, data, world),
     )
     progress = ProgressDisplay(metrics, console)
-    callbacks = [start, bad_samples, agreement, metrics, ShardStaging(data), checkpointing, progress, validation]
-    if cfg.data.sample_log:
-        callbacks.append(SampleLog(folder.path / "samples"))
+    sample_log = [SampleLog(folder.path / "samples")] if cfg.data.sample_log else []
+    watching = [bad_samples, agreement, metrics, *sample_log, ShardStaging(data)]
+    callbacks = [start, *watching, checkpointing, progress, validation]
     if cfg.micro_batch_size == "auto":
         callbacks.insert(1, _micro_batch_search(cfg, model, world))  # before anything is timed
     trainer = _trainer(cfg, world, folder, callbacks)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        let_workers_end()
 
     summary = {
         "run_name": cfg.run_name,

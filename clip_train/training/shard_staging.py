@@ -7,7 +7,6 @@ from lightning.pytorch.callbacks import Callback
 
 from clip_train.data.remote_shards import urls_ahead
 from clip_train.data.stage_ahead import StageAhead
-from clip_train.errors import DataError
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.module import ClipModule
 
@@ -34,7 +33,7 @@ class ShardStaging(Callback):
         self._ahead.advance(pl_module.samples_seen)
         try:
             self._ahead.check()
-        except DataError as error:
+        except Exception as error:
             log.warning("nothing is fetched ahead any more: %s", error)
             self._close()
 

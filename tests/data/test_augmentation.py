@@ -126,7 +126,6 @@ def test_erasing_fills_rectangles_with_noise():
     shares = []
     for draws in DRAWS[:40]:
         erased = (augmented(augmentation, encoded, 64, draws) != [10, 20, 30]).any(axis=2)
-        assert erased.any(axis=1).sum() <= 64
         shares.append(erased.mean())
     assert 0.01 < min(shares) < max(shares) <= 0.34
     assert np.mean(shares) > 0.08

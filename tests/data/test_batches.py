@@ -1,6 +1,9 @@
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from PIL import Image
 
 from clip_train.data.augmentation import Augmentation
 from clip_train.data.batches import TrainBatches
-from clip_train.data.index import load_indexes
+from clip_train.data.index import load_index, load_indexes
 from clip_train.data.loader import BatchStarts, make_loader
 from clip_train.data.order import SampleOrder
 from clip_train.data.pairs import PairReader
@@ -123,6 +126,23 @@ def test_names_tell_which_samples_a_batch_is_made_of(make_shards):
     assert train_batches(shards)[0]["names"] == []
     names = replace(train_batches(shards, batch_size=23), with_names=True)[0]["names"]
     assert sorted(names) == sorted(f"{shard}[{n}]" for shard, count in zip(shards, (9, 4, 10)) for n in range(count))
+
+
+def test_the_name_of_a_replaced_sample_is_that_of_its_replacement(make_shards):
+    shards = make_shards([4], lambda sample: sample | ({"png": b"broken"} if sample["__key__"] == "000001" else {}))
+    names = replace(train_batches(shards, batch_size=4), with_names=True)[0]["names"]
+    assert sorted(names) == [f"{shards[0]}[{n}]" for n in (0, 2, 2, 3)]
+
+
+def test_a_remote_shard_that_is_much_shorter_than_said(make_shards):
+    (shard,) = make_shards([10])
+    remote = SimpleNamespace(shard="s3://x/0.tar", count=500)
+    remote.open = lambda: (os.open(shard, os.O_RDONLY), load_index(shard))
+    reader = PairReader(cast(Any, [remote]), "png", "txt")
+    order = SampleOrder(reader.counts, seed=0)
+    batch = TrainBatches(reader, order, AUGMENTATION, ClipTokenizer(16), 16, batch_size=500)[0]
+    assert batch["error"] == ""
+    assert {sample.kind for sample in batch["bad"]} == {"file_missing"} and len(batch["bad"]) == 490
 
 
 def test_words_are_dropped_by_position(make_shards):

@@ -3,6 +3,7 @@ import pytest
 
 from clip_train.data.eval_batches import EvalBatches, rank_slices
 from clip_train.data.index import load_indexes
+from clip_train.data.loader import make_loader
 from clip_train.data.pairs import PairReader
 from clip_train.data.tokenizer import ClipTokenizer
 
@@ -29,3 +30,11 @@ def test_evaluation_does_not_replace_samples(make_shards):
     shards = make_shards([3], lambda s: s | ({"png": b"broken"} if s["__key__"] == "000001" else {}))
     batches = EvalBatches(PairReader(load_indexes(shards), "png", "txt"), ClipTokenizer(16), 16)
     assert f"{shards[0]}[1] cannot be used" in batches[range(3)]["error"]
+
+
+def test_a_rank_without_samples_gets_empty_batches_from_workers(make_shards):
+    batches = EvalBatches(PairReader(load_indexes(make_shards([1])), "png", "txt"), ClipTokenizer(16), 16)
+    (empty,) = rank_slices(1, rank=0, world_size=2, max_batch=4)
+    assert len(empty) == 0
+    (batch,) = make_loader(batches, [empty], num_workers=1)
+    assert (batch["error"], batch["image"].shape, batch["text"].shape) == ("", (0, 3, 16, 16), (0, 16))

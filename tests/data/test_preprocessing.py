@@ -29,3 +29,9 @@ def test_photographs_equal_open_clips():
     for photo in photographs():
         expected = by_open_clip(photo, 224)
         assert np.abs(preprocess(encode(photo), 224) - expected).max() < 1.5
+
+
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 700), (20000, 2)])
+def test_lines_and_points_are_pictures_too(resize_mode, size):
+    assert preprocess(encode(Image.new("RGB", size, "red")), 32, resize_mode).shape == (32, 32, 3)

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 from clip_train.data.index import load_indexes
@@ -19,6 +21,14 @@ def test_sources_are_named_after_their_folders(make_shards):
     opened = sources(shards)
     assert list(opened) == ["shards", "shards_1", "shards_2"]
     assert [reader.counts for reader in opened.values()] == [[3], [4], [5]]
+
+
+def test_names_of_sources_do_not_collide(make_shards, tmp_path):
+    for number, folder in enumerate(("x_2", "x", "old/x")):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(make_shards([1 + number])[0], tmp_path / folder / "0.tar")
+    opened = sources([f"{tmp_path}/{folder}/0.tar" for folder in ("x_2", "x", "old/x")])
+    assert [sum(reader.counts) for reader in opened.values()] == [1, 2, 3]
 
 
 def test_each_source_may_have_its_own_keys(make_shards):
