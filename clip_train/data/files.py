@@ -1,7 +1,10 @@
 """Files that are whole or absent: written under a temporary name, then renamed."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from platformdirs import user_cache_path
 
@@ -11,15 +14,22 @@ def user_cache() -> Path:
     return Path(os.environ.get("CLIP_TRAIN_CACHE") or user_cache_path("clip_train"))
 
 
-def write_atomic(path: str | Path, content: bytes) -> None:
-    """Write `content` so that a crash, or another process writing the same, never leaves half of it under `path`."""
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that gets its name when it is complete: a crash never leaves half of it under `path`."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def write_atomic(path: str | Path, content: bytes) -> None:
+    """Write `content` whole or not at all, whatever crashes, or writes the same at the same time."""
+    with whole_file(path) as file:
+        file.write(content)

@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -11,7 +10,7 @@ from typing import Any, BinaryIO
 from webdataset.writer import TarWriter
 
 from clip_train.data.captions import CaptionKey, UnusableCaption
-from clip_train.data.files import write_atomic
+from clip_train.data.files import whole_file, write_atomic
 from clip_train.shard_tools.damage import Damage
 from clip_train.shard_tools.pictures import Picture, Resizing
 from clip_train.shard_tools.source import Record
@@ -103,21 +102,6 @@ def cut_shard(task: CutTask) -> CutTask:
         size = target.tell() + _END_MARK
         target.write(bytes(_END_MARK + -size % _RECORD_SIZE))
     return task
-
-
-@contextmanager
-def whole_file(path: str) -> Iterator[BinaryIO]:
-    """A file to write that gets its name when it is complete."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
 
 
 def _copy(source: BinaryIO, target: BinaryIO, offset: int, count: int) -> None:

@@ -9,7 +9,7 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from clip_train.data import remote, retries
+from clip_train.data import remote
 from clip_train.data.index import load_index
 from clip_train.data.remote import check_scheme, open_remote, scheme_of
 from clip_train.data.retries import explain, is_permanent
@@ -18,7 +18,7 @@ from clip_train.data.shards import expand_shards
 from clip_train.data.staging import Stager
 from clip_train.errors import DataError
 from tests.conftest import make_sample, write_shard
-from tests.data.failing_server import FailingServer, Fault, failing_server
+from tests.data.failing_server import Fault
 
 CONTENT = os.urandom(3 << 20)
 
@@ -41,17 +41,6 @@ def s3() -> Iterator:
         client.put_object(Bucket="shards", Key="set/sizes.json", Body=json.dumps({"00000.tar": 11, "00001.tar": 12}))
         yield client
     server.stop()
-
-
-@pytest.fixture
-def server() -> Iterator[FailingServer]:
-    with failing_server() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch):
-    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
 
 
 @pytest.mark.parametrize(

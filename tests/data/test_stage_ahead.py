@@ -4,24 +4,17 @@ from itertools import cycle, islice
 
 import pytest
 
-from clip_train.data import retries, stage_ahead
+from clip_train.data import stage_ahead
 from clip_train.data.stage_ahead import StageAhead
 from clip_train.data.staging import Stager
 from clip_train.errors import DataError
-from tests.data.failing_server import FailingServer, Fault, failing_server
+from tests.data.failing_server import FailingServer, Fault
 
 KB = 1 << 10
 
 
-@pytest.fixture
-def server() -> Iterator[FailingServer]:
-    with failing_server() as server:
-        yield server
-
-
 @pytest.fixture(autouse=True)
-def _short_waits(monkeypatch):
-    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
+def _short_pauses(monkeypatch):
     monkeypatch.setattr(stage_ahead, "_LEAST_INTERVAL_S", 0.01)
 
 

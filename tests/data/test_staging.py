@@ -9,33 +9,20 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from clip_train.data import retries
 from clip_train.data.retries import Cancelled
 from clip_train.data.shard_cache import parse_bytes, readable_bytes
 from clip_train.data.staging import Stager
 from clip_train.errors import ConfigError, DataError
-from tests.data.failing_server import FailingServer, Fault, failing_server
+from tests.data.failing_server import Fault
 
 MB = 1 << 20
 CONTENT = os.urandom(3 * MB)
 STAGE = "import sys; from clip_train.data.staging import Stager; Stager(sys.argv[1], 10**9).stage(sys.argv[2])"
-
-
-@pytest.fixture
-def server() -> Iterator[FailingServer]:
-    with failing_server() as server:
-        yield server
-
-
-@pytest.fixture(autouse=True)
-def _short_waits(monkeypatch):
-    monkeypatch.setattr(retries, "_FIRST_WAIT_S", 0.01)
 
 
 @pytest.fixture
