@@ -103,6 +103,7 @@ class TrainMetrics(Callback):
         """
         if not self._pending:
             return
+        warmed_up = bool(self.latest)  # the first step waits for workers to start
         rows = _read([metrics for *_, metrics in self._pending])
         now = time.perf_counter()  # after the device has caught up
         elapsed = now - self._window_start
@@ -115,7 +116,7 @@ class TrainMetrics(Callback):
             self.latest = {**row, **speed}
             log_metrics(trainer, samples_seen, self.latest, step)
             _check_finite(row, step, samples_seen, skips_overflow=trainer.precision == "16-mixed")
-        if trainer.is_global_zero and (hint := self.loader_times.hint(self._waited / elapsed)):
+        if warmed_up and trainer.is_global_zero and (hint := self.loader_times.hint(self._waited / elapsed)):
             log.info("%s", hint)
         self._pending = []
         self._window_start, self._waited = now, 0.0
