@@ -85,6 +85,7 @@ def test_a_set_smaller_than_the_cache_is_staged_once(server, urls, stager):
     for samples_seen in range(0, 300, 10):
         ahead.advance(samples_seen)
         time.sleep(0.005)
+    wait_until(lambda: all(stager.path(url).exists() for url in urls[:3]))
     ahead.close()
     ahead.check()
     assert sorted(requested(server)) == [0, 1, 2]
