@@ -77,12 +77,7 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
 
     bad_samples = BadSamples(folder.path / "bad_samples.csv", cfg.data.max_bad_fraction)
     agreement = RankAgreement(bad_samples)
-    metrics = TrainMetrics(
-        cfg.trainer.log_every,
-        cfg.batch_size,
-        data_metrics=lambda samples_seen: {**bad_samples.metrics(), **data.metrics(samples_seen)},
-        loader_times=LoaderTimes(data.num_workers, cpus_per_process(world), cfg.data.decode),
-    )
+    metrics = _train_metrics(cfg, world, data, bad_samples)
     checkpoint_every = _cadence(cfg.checkpoint.every, "checkpoint.every", clock)
     checkpointing = Checkpointing(folder.checkpoints, checkpoint_every, cfg.checkpoint.keep, metrics)
     validation = _validation(cfg, folder, data, clock, metrics)
@@ -95,12 +90,10 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
         data_fingerprint=data.fingerprint(),
         announce=lambda: announce(console, cfg, folder, module, data, world),
     )
-    progress = ProgressDisplay(metrics, console)
+    search = [_micro_batch_search(cfg, model, world)] if cfg.micro_batch_size == "auto" else []
     sample_log = [SampleLog(folder.path / "samples")] if cfg.data.sample_log else []
-    watching = [bad_samples, agreement, metrics, *sample_log, ShardStaging(data)]
-    callbacks = [start, *watching, checkpointing, progress, validation]
-    if cfg.micro_batch_size == "auto":
-        callbacks.insert(1, _micro_batch_search(cfg, model, world))  # before anything is timed
+    callbacks: list[L.Callback] = [start, *search, bad_samples, agreement, metrics]  # search before anything is timed
+    callbacks += [*sample_log, ShardStaging(data), checkpointing, ProgressDisplay(metrics, console), validation]
     trainer = _trainer(cfg, world, folder, callbacks)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -121,6 +114,15 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
     if trainer.is_global_zero:
         folder.write_summary(summary)
     return summary
+
+
+def _train_metrics(cfg: DictConfig, world: World, data: ClipDataModule, bad_samples: BadSamples) -> TrainMetrics:
+    return TrainMetrics(
+        cfg.trainer.log_every,
+        cfg.batch_size,
+        data_metrics=lambda samples_seen: {**bad_samples.metrics(), **data.metrics(samples_seen)},
+        loader_times=LoaderTimes(data.num_workers, cpus_per_process(world), cfg.data.decode),
+    )
 
 
 def _open_data(cfg: DictConfig, world: World) -> ClipDataModule:
