@@ -1,6 +1,8 @@
-"""What all ranks must decide together, once per step: stopping by a signal, and giving up on bad data."""
+"""What all ranks must decide together, once per step: stopping by a signal, giving up on bad data, saving."""
 
 import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -18,21 +20,35 @@ from clip_train.training.module import ClipModule
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
+@dataclass
+class Vote:
+    """A number that each rank gives before a step, so that all act on the sum after it.
+
+    Attributes:
+        ask: this rank's number.
+        total: the sum over ranks, as of the start of the current step.
+    """
+
+    ask: Callable[[], int]
+    total: int = 0
+
+
 class RankAgreement(Callback):
     """Ends the run at the end of a step that all ranks finish, whichever rank got the signal or the bad sample.
 
-    One reduction of three integers per step, through the host, so that it does not wait for the accelerator; bad
+    One reduction of a few integers per step, through the host, so that it does not wait for the accelerator; bad
     samples, which are rare, are gathered. A second SIGINT stops at once.
 
     Args:
         bad_samples: told of every rank's.
+        votes: what others want the sum of.
 
     Attributes:
         stopped_by_signal: the run was cut short and can be resumed.
     """
 
-    def __init__(self, bad_samples: BadSamples) -> None:
-        self.bad_samples = bad_samples
+    def __init__(self, bad_samples: BadSamples, votes: Sequence[Vote] = ()) -> None:
+        self.bad_samples, self.votes = bad_samples, votes
         self.stopped_by_signal = False
         self._signalled = False
         self._group: Any = None
@@ -51,7 +67,10 @@ class RankAgreement(Callback):
         self._signalled = True
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: ClipModule, batch: Batch, batch_idx: int) -> None:
-        failed, signalled, bad = self._sum([bool(batch["error"]), self._signalled, len(batch["bad"])])
+        local = [bool(batch["error"]), self._signalled, len(batch["bad"]), *(vote.ask() for vote in self.votes)]
+        failed, signalled, bad, *totals = self._sum(local)
+        for vote, total in zip(self.votes, totals, strict=True):
+            vote.total = total
         if failed:
             raise DataError(gather_objects([batch["error"]] if batch["error"] else [], self._group)[0])
         if bad:
@@ -62,7 +81,7 @@ class RankAgreement(Callback):
             self.stopped_by_signal = True
             trainer.should_stop = True  # after this step
 
-    def _sum(self, local: list[int | bool]) -> list[int]:
+    def _sum(self, local: Sequence[int]) -> list[int]:
         total = torch.tensor(local, dtype=torch.int64)
         if self._group is not None:
             dist.all_reduce(total, group=self._group)
