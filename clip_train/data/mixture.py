@@ -42,7 +42,7 @@ class Mixture:
         window: int = 4096,
     ) -> None:
         self.names = list(counts)
-        self.seed, self.lanes = seed, lanes
+        self.seed, self.lanes, self.window = seed, lanes, window
         seeds = [seed] if len(counts) == 1 else [_source_seed(seed, number) for number in range(len(counts))]
         self.sources = [SampleOrder(counts[name], seed=s, lanes=lanes, window=window) for name, s in zip(counts, seeds)]
         self.sizes = np.array([source.num_samples for source in self.sources])

@@ -16,6 +16,10 @@ from clip_train.data.keyed_random import SHARD_ORDER, WINDOW_ORDER, keyed_permut
 
 Positions = Int64[np.ndarray, " n"]
 
+# To be raised by any change, here or in mixture.py or keyed_random.py, that puts another sample at any position of the
+# stream for the same counts, settings and seed: checkpoints carry it, and are not resumed in another order unnoticed.
+ORDER_VERSION = 1
+
 _KEPT = 2  # a batch is seldom in more than two epochs, or two windows of each lane
 
 

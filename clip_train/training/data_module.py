@@ -1,7 +1,5 @@
 """The training stream and the validation sets of a config."""
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -15,6 +13,7 @@ from clip_train.data.augmentation import Augmentation
 from clip_train.data.batches import TrainBatches
 from clip_train.data.eval_batches import EvalBatches
 from clip_train.data.files import user_cache
+from clip_train.data.fingerprint import Description, describe, describe_shards, digest
 from clip_train.data.index import ShardIndex
 from clip_train.data.loader import BatchStarts, make_loader
 from clip_train.data.mixture import Mixture
@@ -122,12 +121,14 @@ class ClipDataModule(L.LightningDataModule):
         """Whether training reads shards that have to be fetched."""
         return any(scheme_of(name) for name in self.batches.reader.shard_names)
 
+    def describe_data(self) -> Description:
+        """The training data, for checkpoints; `fingerprint.differences` compares two of them."""
+        return describe(self.sources, self.batches.order)
+
     def fingerprint(self) -> str:
         """Differs where shards, their sizes, or their order differ, in the training or a validation set."""
-        readers = [self.batches.reader, *(batches.reader for batches in self.val_sets.values())]
-        # Nodes may have the folders in different places.
-        seen = [[[name.rpartition("/")[2] for name in reader.shard_names], reader.counts] for reader in readers]
-        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+        validation = [describe_shards(batches.reader) for batches in self.val_sets.values()]
+        return digest(self.describe_data(), *validation)
 
     @property
     def num_samples(self) -> int:
