@@ -19,6 +19,7 @@ from clip_train.data.mixture import Mixture
 from clip_train.data.order import SampleOrder
 from clip_train.data.pairs import PairReader, UnusableSample
 from clip_train.data.stages import StageClock
+from clip_train.data.staging import Stager
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.errors import DataError
 
@@ -49,7 +50,7 @@ class Batch(TypedDict):
     `bad` tells of the samples that could not be used and were replaced; `error`, if not empty, says why none could be.
     It travels as data, because an exception in a loader's worker reaches one rank only and would leave the others
     waiting. `names` are the samples' shards and numbers, if they were asked for; `seconds` is what each stage of
-    loading took.
+    loading took; `retries` is how often the process that made it had to go on with a download since its last batch.
     """
 
     image: UInt8[Tensor, "b 3 height width"]
@@ -58,6 +59,7 @@ class Batch(TypedDict):
     error: str
     names: list[str]
     seconds: dict[str, float]
+    retries: int
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class TrainBatches(Dataset[Batch]):
         max_image_pixels: larger images are bad samples.
         word_dropout: share of a caption's words that are left out.
         with_names: whether batches tell their samples' names.
+        stager: asked how often it had to go on with a download; None for local shards.
     """
 
     reader: PairReader
@@ -83,9 +86,15 @@ class TrainBatches(Dataset[Batch]):
     max_image_pixels: int = MAX_IMAGE_PIXELS
     word_dropout: float = 0.0
     with_names: bool = False
+    stager: Stager | None = None
 
     def __getitem__(self, start: int) -> Batch:
         """The part of this rank of the global batch `[start, start + batch_size)`."""
+        batch = self._make(start)
+        batch["retries"] = self.stager.take_retries() if self.stager else 0
+        return batch
+
+    def _make(self, start: int) -> Batch:
         clock, bad = StageClock(), []
         positions = self.order.rank_positions(start, self.batch_size, self.rank, self.world_size)
         shards, samples = (numbers.tolist() for numbers in self.order.locate(positions))
@@ -176,9 +185,11 @@ def assemble(
 ) -> Batch:
     """A batch of what is usable. The pictures become a view: channels last, as the files have them."""
     image, text = pixels.permute(0, 3, 1, 2), torch.from_numpy(ids)
-    return Batch(image=image, text=text, bad=list(bad), error="", names=list(names), seconds=dict(seconds or {}))
+    names, seconds = list(names), dict(seconds or {})
+    return Batch(image=image, text=text, bad=list(bad), error="", names=names, seconds=seconds, retries=0)
 
 
 def failed(error: str, bad: Sequence[BadSample] = ()) -> Batch:
     """What is sent instead of a batch that cannot be made."""
-    return Batch(image=torch.empty(0), text=torch.empty(0), bad=list(bad), error=error, names=[], seconds={})
+    nothing = torch.empty(0)
+    return Batch(image=nothing, text=nothing, bad=list(bad), error=error, names=[], seconds={}, retries=0)

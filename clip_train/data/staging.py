@@ -1,6 +1,7 @@
 """Downloads of whole remote shards into the local cache: retried, resumed, counted."""
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -27,12 +28,14 @@ class Stager:
     def __init__(self, cache_dir: str | Path, max_bytes: int, retries: int = 10, timeout: float = 60.0) -> None:
         self.cache = ShardCache(cache_dir, max_bytes)
         self.retries, self.timeout = retries, timeout
-        self._retried: list[str] = []
+        self._retried: list[int] = []  # the process, for each time; what a fork inherits is its parent's to tell
 
-    @property
-    def num_retries(self) -> int:
-        """Downloads that were gone on with, in this process."""
-        return len(self._retried)
+    def take_retries(self) -> int:
+        """How often this process had to go on with a download since it last asked."""
+        taken = 0
+        while self._retried:
+            taken += self._retried.pop() == os.getpid()
+        return taken
 
     def path(self, url: str) -> Path:
         """Where `url`'s copy is, or would be."""
@@ -76,7 +79,7 @@ class Stager:
                 self._transfer(url, part, stream, cancelled)
                 return stream.modified
 
-        return with_retries(attempt, f"shard {url}", self.retries, cancelled, lambda: self._retried.append(url))
+        return with_retries(attempt, f"shard {url}", self.retries, cancelled, lambda: self._retried.append(os.getpid()))
 
     def _transfer(self, url: str, part: Part, stream: RemoteStream, cancelled: Callable[[], bool]) -> None:
         """One attempt: write the bytes that are missing."""

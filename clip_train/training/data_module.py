@@ -79,6 +79,7 @@ class ClipDataModule(L.LightningDataModule):
             max_image_pixels=data["max_image_pixels"],
             word_dropout=data["word_dropout"],
             with_names=data["sample_log"],
+            stager=self.stager,
         )
         val = {**data, **{key: value for key, value in data["val"].items() if value is not None}}
         self.val_sets = {
@@ -108,13 +109,11 @@ class ClipDataModule(L.LightningDataModule):
         return reader
 
     def metrics(self, samples_seen: int) -> dict[str, float]:
-        """How often a mixture has gone through each of its sources; how often this process had to fetch again."""
-        order, metrics = self.batches.order, {}
-        if isinstance(order, Mixture):
-            metrics = {f"data/epochs/{name}": passed for name, passed in zip(self.sources, order.epochs(samples_seen))}
-        if self.has_remote_shards:
-            metrics["data/staging_retries"] = float(self.stager.num_retries)
-        return metrics
+        """How often a mixture has gone through each of its sources."""
+        order = self.batches.order
+        if not isinstance(order, Mixture):
+            return {}
+        return {f"data/epochs/{name}": passed for name, passed in zip(self.sources, order.epochs(samples_seen))}
 
     @cached_property
     def has_remote_shards(self) -> bool:

@@ -76,8 +76,9 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
         return folder.read_summary()
 
     bad_samples = BadSamples(folder.path / "bad_samples.csv", cfg.data.max_bad_fraction)
-    agreement = RankAgreement(bad_samples)
-    metrics = _train_metrics(cfg, world, data, bad_samples)
+    staging = ShardStaging(data)
+    agreement = RankAgreement(bad_samples, [staging.retries])
+    metrics = _train_metrics(cfg, world, data, bad_samples, staging)
     checkpoint_every = _cadence(cfg.checkpoint.every, "checkpoint.every", clock)
     checkpointing = Checkpointing(folder.checkpoints, checkpoint_every, cfg.checkpoint.keep, metrics)
     validation = _validation(cfg, folder, data, clock, metrics)
@@ -92,8 +93,8 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
     )
     search = [_micro_batch_search(cfg, model, world)] if cfg.micro_batch_size == "auto" else []
     sample_log = [SampleLog(folder.path / "samples")] if cfg.data.sample_log else []
-    callbacks: list[L.Callback] = [start, *search, bad_samples, agreement, metrics]  # search before anything is timed
-    callbacks += [*sample_log, ShardStaging(data), checkpointing, ProgressDisplay(metrics, console), validation]
+    callbacks: list[L.Callback] = [start, *search, bad_samples, staging, agreement, metrics]  # search first
+    callbacks += [*sample_log, checkpointing, ProgressDisplay(metrics, console), validation]
     trainer = _trainer(cfg, world, folder, callbacks)
     try:
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
@@ -116,11 +117,13 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
     return summary
 
 
-def _train_metrics(cfg: DictConfig, world: World, data: ClipDataModule, bad_samples: BadSamples) -> TrainMetrics:
+def _train_metrics(
+    cfg: DictConfig, world: World, data: ClipDataModule, bad_samples: BadSamples, staging: ShardStaging
+) -> TrainMetrics:
     return TrainMetrics(
         cfg.trainer.log_every,
         cfg.batch_size,
-        data_metrics=lambda samples_seen: {**bad_samples.metrics(), **data.metrics(samples_seen)},
+        data_metrics=lambda samples_seen: {**bad_samples.metrics(), **staging.metrics(), **data.metrics(samples_seen)},
         loader_times=LoaderTimes(data.num_workers, cpus_per_process(world), cfg.data.decode),
     )
 

@@ -155,3 +155,4 @@ def test_a_failing_server_costs_time_but_no_sample(tmp_path, make_shards):
         names = sorted(name.rpartition("/")[2] for step in epoch for name in step)
         assert names == sorted(f"{path.name}[{number}]" for path in paths for number in range(60))
     assert float(rows[-1]["data/bad_samples"]) == 0
+    assert float(rows[-1]["data/staging_retries"]) == 12  # each fault once, whoever met it

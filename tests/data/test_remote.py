@@ -98,7 +98,7 @@ def test_s3_shards_that_do_not_exist(s3, tmp_path, url):
     stager = Stager(tmp_path, 10**9)
     with pytest.raises(DataError, match=f"shard {url}: "):
         stager.stage(url)
-    assert stager.num_retries == 0
+    assert stager.take_retries() == 0
 
 
 def test_s3_without_credentials(s3, tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_an_s3_server_that_is_not_there_is_tried_as_often_as_said(tmp_path, monk
     stager = Stager(tmp_path, 10**9, retries=2, timeout=1)
     with pytest.raises(DataError, match=r"given up after 3 attempts: .*127.0.0.1:9"):
         stager.stage("s3://shards/set/00000.tar")
-    assert stager.num_retries == 2
+    assert stager.take_retries() == 2
 
 
 def test_an_s3_server_that_does_not_answer(tmp_path, monkeypatch):

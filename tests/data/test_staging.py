@@ -44,7 +44,7 @@ def test_a_copy_is_whole_named_after_the_shard_and_made_once(server, stager, tmp
     path = stager.stage(url)
     assert (path.read_bytes(), path.name[:6], path.suffix) == (CONTENT, "00042-", ".tar")
     assert stager.stage(url) == path == stager.path(url)
-    assert (server.requests, staged(tmp_path), stager.num_retries) == (["/set/00042.tar"], ["00042"], 0)
+    assert (server.requests, staged(tmp_path), stager.take_retries()) == (["/set/00042.tar"], ["00042"], 0)
     assert stager.path(f"{url}?other") != path
 
 
@@ -72,7 +72,7 @@ def test_failures_that_pass_are_retried_counted_and_told(server, stager, caplog,
     url = server.add("/0.tar", CONTENT)
     server.faults["/0.tar"] = [fault, fault]
     assert stager.stage(url).read_bytes() == CONTENT
-    assert stager.num_retries == 2
+    assert stager.take_retries() == 2
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(warnings) == 2 and all(url in line and reason in line and "\n" not in line for line in warnings)
 
