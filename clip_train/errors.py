@@ -19,3 +19,7 @@ class OutOfMemoryError(ClipTrainError):
 
 class RunExistsError(ClipTrainError):
     """The run folder already holds a run and resuming was not asked for."""
+
+
+class SaveError(ClipTrainError):
+    """The last checkpoint of a run could not be written."""

@@ -1,25 +1,31 @@
 """clip-train: train a model; without arguments, the built-in demo."""
 
+from __future__ import annotations
+
 import re
-import signal
-import subprocess
 import sys
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
-
-from clip_train.commands.program import EXIT_DONE, EXIT_RESUMABLE, run_program
 from clip_train.errors import ConfigError
+from clip_train.training.signals import install_handlers
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 _NAMES_THE_DATA = re.compile(r"\+*(data|data\.train|data\.train\.shards|experiment)=|--config-name|-cn")
-_CONFIG_FLAG = re.compile(r"(--config-(dir|name|path)|-c[dnp])(=.*)?")
+_RESUME = re.compile(r"^resume=")  # resume=auto is short for resume.from=auto
 _RUN_LENGTHS = ("max_samples", "max_steps", "max_epochs")
 
 
 def main() -> None:
     """Entry point."""
+    install_handlers()  # before anything that takes time: an early signal must not kill a job
+    from clip_train.commands.program import run_program
+
     if not any(_NAMES_THE_DATA.match(argument) for argument in sys.argv[1:]):
         overrides = [place for place, argument in enumerate(sys.argv) if place and _is_override(argument)]
         sys.argv.insert(min(overrides, default=len(sys.argv)), "experiment=demo")  # overrides must stand together
+    sys.argv[1:] = [_RESUME.sub("resume.from=", argument) for argument in sys.argv[1:]]
     run_program("clip-train", "train", _train)
 
 
@@ -28,46 +34,17 @@ def _is_override(argument: str) -> bool:
 
 
 def _train(cfg: DictConfig) -> int:
+    """One run. The jobs of a sweep come here too, each in a process that `launchers/` started."""
     from hydra.core.hydra_config import HydraConfig
 
-    hydra = HydraConfig.get()
-    if hydra.mode and hydra.mode.name == "MULTIRUN":
-        run_name = f"{cfg.run_name or hydra.sweep.dir.rpartition('/')[2]}_{hydra.job.num}"
-        return _run_alone([*_config_flags(sys.argv), *hydra.overrides.task, f"run_name={run_name}"])
-    _choose_run_length(cfg, list(hydra.overrides.task))
+    from clip_train.commands.program import EXIT_DONE, EXIT_RESUMABLE
+
+    _choose_run_length(cfg, list(HydraConfig.get().overrides.task))
     console = _console()  # imports stay in here: see program.py
     from clip_train.training.run import train
 
     summary = train(cfg, console)
     return EXIT_RESUMABLE if summary["stopped_by_signal"] and not summary["complete"] else EXIT_DONE
-
-
-def _config_flags(arguments: list[str]) -> list[str]:
-    """Where Hydra was told to find the config."""
-    flags: list[str] = []
-    for argument, following in zip(arguments, [*arguments[1:], ""]):
-        if match := _CONFIG_FLAG.fullmatch(argument):
-            flags += [argument] if match[3] else [argument, following]
-    return flags
-
-
-def _run_alone(arguments: list[str]) -> int:
-    """One job of a sweep, in a process of its own: nothing of one job is left when the next begins.
-
-    Raises:
-        SystemExit: the job failed or was stopped, and so ends the sweep.
-    """
-    process = subprocess.Popen([sys.executable, "-m", "clip_train.commands.train", *arguments])
-    old = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: process.send_signal(number))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to the job as well
-    code = process.wait()
-    for number, handler in old.items():
-        signal.signal(number, handler)
-    if code:
-        raise SystemExit(code if code > 0 else 128 - code)
-    return EXIT_DONE
 
 
 def _choose_run_length(cfg: DictConfig, overrides: list[str]) -> None:

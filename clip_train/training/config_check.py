@@ -34,14 +34,22 @@ _NUMBERS: tuple[tuple[str, type, float], ...] = (
     ("optim.grad_clip", Real, 0),
     ("trainer.log_every", int, 1),
     ("checkpoint.keep", int, 1),
+    ("checkpoint.keep_best", int, 1),
+    ("checkpoint.every_minutes", Real, 0),
     ("eval.batch_size", int, 1),
 )
-_MAY_BE = {"optim.grad_clip": (None,), "micro_batch_size": (None, "auto"), "model.init_logit_bias": (None,)}
+_MAY_BE = {
+    "checkpoint.every_minutes": (None,),
+    "optim.grad_clip": (None,),
+    "micro_batch_size": (None, "auto"),
+    "model.init_logit_bias": (None,),
+}
 _DEFAULTS = {"model.init_logit_scale": INITIAL_LOGIT_SCALE}  # a model config of the user's need not have it
 _LN_100 = math.log(100)
 _CHOICES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("trainer.precision", ("32", "bf16-mixed", "16-mixed", "bf16-true")),
     ("trainer.strategy", ("auto", "ddp")),
+    ("checkpoint.best_mode", ("max", "min")),
     ("data.decode", ("fast", "exact")),
     ("data.long_captions", LONG_CAPTIONS),
     ("data.val.resize_mode", RESIZE_MODES),

@@ -74,3 +74,8 @@ class Clock:
             "%": self.total_samples / 100,
         }
         return round(number * per_unit[unit])
+
+
+def passes(samples_seen: int, batch_size: int, every_samples: int | None) -> bool:
+    """Whether the last step reached or passed a multiple of `every_samples`."""
+    return bool(every_samples) and samples_seen // every_samples > (samples_seen - batch_size) // every_samples

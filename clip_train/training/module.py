@@ -14,10 +14,11 @@ from torch import Tensor
 from clip_train.data.batches import Batch
 from clip_train.data.keyed_random import MODEL_NOISE, keyed_bits
 from clip_train.models import DualEncoder
+from clip_train.training.bad_step import clip_or_skip, restore_unless, running_statistics, telling_seed
 from clip_train.training.cached_gradients import cached_backward, refuse_batch_norm
 from clip_train.training.durations import Clock
 from clip_train.training.memory import explained_out_of_memory
-from clip_train.training.optimizer import build_adamw
+from clip_train.training.optimizer import build_adamw, keep_settings
 from clip_train.training.schedule import warmup_cosine
 
 Loss = Callable[..., Tensor]
@@ -35,7 +36,8 @@ class ClipModule(L.LightningModule):
         micro_batch_size: pairs per rank that go through the towers at once; None for all.
 
     Attributes:
-        samples_seen: pairs consumed by finished steps; all that decides what comes next.
+        samples_seen: pairs consumed by finished steps; it decides what comes next.
+        skipped_samples: pairs of the stream left out before that, by a roll-back.
         step_metrics: scalars of the last step, on the device.
     """
 
@@ -58,17 +60,24 @@ class ClipModule(L.LightningModule):
         self.clock = clock
         self.seed = seed
         self.micro_batch_size = micro_batch_size
-        self.samples_seen = 0
+        self.samples_seen = self.skipped_samples = 0
         self.warmup_samples = clock.samples(optim["warmup"], "optim.warmup")
         self.step_metrics: dict[str, Tensor | float] = {}
 
+    @property
+    def position(self) -> int:
+        """Where in the sample stream the next step begins."""
+        return self.samples_seen + self.skipped_samples
+
     def training_step(self, batch: Batch, batch_idx: int) -> None:
+        statistics = running_statistics(self.model)
         with explained_out_of_memory(self.micro_batch_size, len(batch["image"])):
             loss = self._backward(batch)
             self.step_metrics = {"train/loss": loss, "train/logit_scale": self.model.logit_scale.detach().exp()}
             optimizer = cast(LightningOptimizer, self.optimizers())
-            optimizer.step()  # clips first: `on_before_optimizer_step`
+            optimizer.step()  # clips first, or does nothing: `on_before_optimizer_step`
         optimizer.zero_grad()
+        restore_unless(torch.as_tensor(self.step_metrics["train/grad_norm"]).isfinite(), statistics)
         self.model.clamp_logit_scale()
         self.step_metrics["train/lr"] = optimizer.param_groups[0]["lr"]
         self.samples_seen += self.clock.batch_size
@@ -97,7 +106,7 @@ class ClipModule(L.LightningModule):
         local = nullcontext() if last or not isinstance(strategy, DDPStrategy) else strategy.block_backward_sync()
         # Lightning's step is under autocast, which is for forward only.
         with local, torch.autocast(self.device.type, enabled=False):
-            self.manual_backward(loss)
+            self.manual_backward(loss, gradient=telling_seed(loss))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         start = time.perf_counter()
@@ -111,6 +120,7 @@ class ClipModule(L.LightningModule):
         return build_adamw(self.model, **settings, fused=self.trainer.precision != "16-mixed")
 
     def on_train_start(self) -> None:
+        keep_settings(self.trainer.optimizers[0], self.optim)  # a checkpoint brings those that it was made with
         self.trainer.should_stop = self.samples_seen >= self.clock.total_samples  # a resumed run may be complete
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -127,11 +137,12 @@ class ClipModule(L.LightningModule):
                 group["lr"] = self.optim["lr"] * factor
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        limit = self.optim["grad_clip"] or float("inf")
-        self.step_metrics["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.step_metrics["train/grad_norm"] = clip_or_skip(
+            optimizer, self.model.parameters(), self.optim["grad_clip"] or None
+        )
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["samples_seen"] = self.samples_seen
+        checkpoint["samples_seen"], checkpoint["skipped_samples"] = self.samples_seen, self.skipped_samples
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self.samples_seen = checkpoint["samples_seen"]
+        self.samples_seen, self.skipped_samples = checkpoint["samples_seen"], checkpoint["skipped_samples"]

@@ -1,6 +1,7 @@
 """AdamW with decay on matrices only."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,3 +20,10 @@ def build_adamw(
     others = [parameter for parameter in trainable if parameter.squeeze().ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
+
+
+def keep_settings(optimizer: torch.optim.Optimizer, optim: Mapping[str, Any]) -> None:
+    """Give the optimizer of `build_adamw` the settings of a config, but for the rate, which changes with each step."""
+    matrices, others = optimizer.param_groups
+    for group, weight_decay in ((matrices, optim["weight_decay"]), (others, 0.0)):
+        group |= {"betas": tuple(optim["betas"]), "eps": optim["eps"], "weight_decay": weight_decay}

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -15,28 +15,34 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from torch import Tensor
 
+from clip_train.checkpoints.mirror import Mirror
+from clip_train.checkpoints.retention import Retention
+from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.data.loader import let_workers_end
 from clip_train.data.tokenizer import VOCAB_SIZE
 from clip_train.models import DualEncoder, create_dual_encoder
+from clip_train.sweeps.reporting import TrialReport
 from clip_train.training.agreement import RankAgreement
 from clip_train.training.bad_samples import BadSamples
 from clip_train.training.cached_gradients import refuse_batch_norm
-from clip_train.training.checkpoints import AtomicCheckpointIO, Checkpointing, read_samples_seen
+from clip_train.training.checkpointing import Checkpointing, FolderCheckpointIO
 from clip_train.training.config_check import check_config
 from clip_train.training.data_module import ClipDataModule
-from clip_train.training.durations import RUN_LENGTH_KEYS, Clock
+from clip_train.training.durations import RUN_LENGTH_KEYS, Clock, passes
 from clip_train.training.launch import World, cpus_per_process, find_world
 from clip_train.training.loader_times import LoaderTimes
 from clip_train.training.metrics import TrainMetrics
 from clip_train.training.micro_batch import MicroBatchSearch
 from clip_train.training.module import ClipModule
 from clip_train.training.progress import ProgressDisplay
-from clip_train.training.run_folder import RunFolder, default_run_name
+from clip_train.training.rank_log import start_rank_log
+from clip_train.training.resume import Checkpoint, Resume, check_resumable, find_checkpoint, load_initial_weights
+from clip_train.training.run_folder import RunFolder, default_run_name, environment
 from clip_train.training.run_start import RunStart
 from clip_train.training.sample_log import SampleLog
 from clip_train.training.shard_staging import ShardStaging
 from clip_train.training.startup import announce
-from clip_train.training.validation import Validation
+from clip_train.training.validation import AfterEvaluation, Validation
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +63,12 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
     """
     world = find_world(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.num_nodes)
     check_config(cfg, world)
-    if world.rank > 0:
-        logging.getLogger("clip_train").setLevel(logging.WARNING)
+    rank_log = start_rank_log(world.rank)
     cfg.run_name = str(cfg.run_name or default_run_name(cfg.model_name))
     folder = RunFolder(Path(str(cfg.output_dir)) / cfg.run_name)
+    resume = Resume.of(cfg)
     if world.rank == 0:
-        folder.check_free_or_resumed(str(cfg.resume))  # again, for all ranks, when they are joined
+        folder.check_free_or_resumed(resume.source)  # again, for all ranks, when they are joined
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data = _open_data(cfg, world)
@@ -70,34 +76,42 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
     model = create_dual_encoder(**_plain(cfg.model))
     micro_batch_size = None if cfg.micro_batch_size == "auto" else cfg.micro_batch_size
     module = ClipModule(model, _loss(cfg), _plain(cfg.optim), clock, cfg.seed, micro_batch_size)
-    checkpoint = folder.checkpoint_to_resume(str(cfg.resume))
-    if checkpoint and read_samples_seen(checkpoint, model) >= clock.total_samples and folder.summary.exists():
-        log.info("%s is complete", folder.path)
-        return folder.read_summary()
+    checkpoint = find_checkpoint(folder, resume)
+    if checkpoint:
+        about = {"config": _plain(cfg), "data": data.describe_data(), "world_size": world.size}
+        check_resumable(checkpoint, resume, model=model, **about)
+        if checkpoint.manifest.samples_seen >= clock.total_samples and folder.summary.exists():
+            log.info("%s is complete", folder.path)
+            return folder.read_summary()
+    elif cfg.init_from:
+        load_initial_weights(model, Path(cfg.init_from))
 
     bad_samples = BadSamples(folder.path / "bad_samples.csv", cfg.data.max_bad_fraction)
     staging = ShardStaging(data)
-    agreement = RankAgreement(bad_samples, [staging.retries])
     metrics = _train_metrics(cfg, world, data, bad_samples, staging)
-    checkpoint_every = _cadence(cfg.checkpoint.every, "checkpoint.every", clock)
-    checkpointing = Checkpointing(folder.checkpoints, checkpoint_every, cfg.checkpoint.keep, metrics)
-    validation = _validation(cfg, folder, data, clock, metrics)
+    checkpointing = _checkpointing(cfg, world, folder, data, clock, checkpoint, metrics)
+    trial = TrialReport(folder.path, world.rank, _cadence(cfg.eval.every, "eval.every", clock), metrics)
+    agreement = RankAgreement(bad_samples, [staging.retries, trial.vote, *checkpointing.votes])
+    told = (checkpointing.after_evaluation, trial.after_evaluation)
+    validation = _validation(cfg, folder, data, clock, metrics, told)
     start = RunStart(
         folder,
+        rank_log,
         config=_plain(cfg),
         config_text=OmegaConf.to_yaml(cfg, resolve=True),
-        resume=str(cfg.resume),
-        checkpoint=checkpoint,
+        resume=resume.source,
+        checkpoint=checkpoint.path if checkpoint else None,
         data_fingerprint=data.fingerprint(),
         announce=lambda: announce(console, cfg, folder, module, data, world),
     )
     search = [_micro_batch_search(cfg, model, world)] if cfg.micro_batch_size == "auto" else []
     sample_log = [SampleLog(folder.path / "samples")] if cfg.data.sample_log else []
     callbacks: list[L.Callback] = [start, *search, bad_samples, staging, agreement, metrics]  # search first
-    callbacks += [*sample_log, checkpointing, ProgressDisplay(metrics, console), validation]
+    callbacks += [*sample_log, checkpointing, ProgressDisplay(metrics, console), validation, trial]
     trainer = _trainer(cfg, world, folder, callbacks)
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        with rank_log.noting_errors():
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
     finally:
         let_workers_end()
 
@@ -105,11 +119,13 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
         "run_name": cfg.run_name,
         "complete": module.samples_seen >= clock.total_samples,
         "stopped_by_signal": agreement.stopped_by_signal,
+        "pruned": trial.pruned,
         "samples_seen": module.samples_seen,
         "steps": trainer.global_step,
         "samples_per_second": metrics.samples_per_second,
         "world_size": world.size,
         "micro_batch_size": module.micro_batch_size,
+        "longest_checkpoint_stall_seconds": checkpointing.longest_stall,
         "metrics": {**metrics.latest, **validation.latest},
     }
     if trainer.is_global_zero:
@@ -155,8 +171,50 @@ def _cadence(duration: str | int | None, setting: str, clock: Clock) -> int | No
     return None if duration is None else clock.samples(duration, setting)
 
 
+def _checkpointing(
+    cfg: DictConfig,
+    world: World,
+    folder: RunFolder,
+    data: ClipDataModule,
+    clock: Clock,
+    resumed_from: Checkpoint | None,
+    metrics: TrainMetrics,
+) -> Checkpointing:
+    settings = cfg.checkpoint
+    milestones = _cadence(settings.milestones, "checkpoint.milestones", clock)
+    retention = Retention(
+        settings.keep,
+        partial(passes, batch_size=clock.batch_size, every_samples=milestones),
+        best=settings.keep_best,
+        metric=settings.best_metric,
+        mode=settings.best_mode,
+    )
+    mirror = Mirror(settings.mirror) if settings.mirror else None
+    return Checkpointing(
+        CheckpointWriter(folder.checkpoints, retention, rank=world.rank, mirror=mirror),
+        every_samples=_cadence(settings.every, "checkpoint.every", clock),
+        every_minutes=settings.every_minutes,
+        asynchronous=settings.asynchronous,
+        resumed_from=resumed_from.path if resumed_from else None,
+        about=lambda: {
+            "run_name": cfg.run_name,
+            "world_size": world.size,
+            "config": _plain(cfg),
+            "data": data.describe_data(),
+            "environment": environment(),
+            "wandb_run_id": folder.wandb_run_id,
+        },
+        metrics=metrics,
+    )
+
+
 def _validation(
-    cfg: DictConfig, folder: RunFolder, data: ClipDataModule, clock: Clock, metrics: TrainMetrics
+    cfg: DictConfig,
+    folder: RunFolder,
+    data: ClipDataModule,
+    clock: Clock,
+    metrics: TrainMetrics,
+    after: Sequence[AfterEvaluation],
 ) -> Validation:
     return Validation(
         data.val_sets,
@@ -165,6 +223,7 @@ def _validation(
         num_workers=data.num_workers,
         picture=folder.path / "retrieval.png" if cfg.eval.picture else None,
         metrics=metrics,
+        after=after,
     )
 
 
@@ -189,7 +248,7 @@ def _trainer(cfg: DictConfig, world: World, folder: RunFolder, callbacks: list[L
         num_nodes=world.num_nodes,
         strategy=ddp if world.size > 1 or cfg.trainer.strategy == "ddp" else "auto",
         precision=cast(Any, _precision(cfg, world)),
-        plugins=[world.environment, AtomicCheckpointIO()],
+        plugins=[world.environment, FolderCheckpointIO()],
         callbacks=callbacks,
         logger=[instantiate(logger, save_dir=str(folder.path)) for logger in (cfg.logger or {}).values()],
         max_epochs=-1,  # the module ends the run when `samples_seen` reaches its length

@@ -1,7 +1,7 @@
 """Retrieval on the validation sets during training and at its end."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import lightning as L
@@ -10,11 +10,13 @@ from lightning.pytorch.callbacks import Callback
 from clip_train.data.eval_batches import EvalBatches
 from clip_train.evaluation.features import Features, encode_pairs
 from clip_train.evaluation.retrieval import retrieval_metrics
-from clip_train.training.checkpoints import passes
+from clip_train.training.durations import passes
 from clip_train.training.metrics import TrainMetrics, log_metrics
 from clip_train.training.module import ClipModule
 
 log = logging.getLogger(__name__)
+
+AfterEvaluation = Callable[[L.Trainer, ClipModule, Mapping[str, float]], None]
 
 
 class Validation(Callback):
@@ -27,6 +29,7 @@ class Validation(Callback):
         num_workers: loader processes.
         picture: where the last evaluation draws the first set's retrieval; None for no picture.
         metrics: whose clock stands still meanwhile.
+        after: are told of all sets' metrics, on every rank.
 
     Attributes:
         latest: the newest metrics of all sets.
@@ -41,8 +44,9 @@ class Validation(Callback):
         num_workers: int,
         picture: Path | None,
         metrics: TrainMetrics,
+        after: Sequence[AfterEvaluation],
     ) -> None:
-        self.metrics = metrics
+        self.metrics, self.after = metrics, after
         self.sets, self.every_samples, self.picture = sets, every_samples, picture
         self.batch_size, self.num_workers = batch_size, num_workers
         self.latest: dict[str, float] = {}
@@ -72,6 +76,9 @@ class Validation(Callback):
             log.info("%s", _sentence(name, len(batches), scores))
             if final and number == 0:
                 self._draw(trainer, _sentence(name, len(batches), scores), batches, features)
+        if self.sets:
+            for told in self.after:
+                told(trainer, pl_module, self.latest)
 
     def _draw(self, trainer: L.Trainer, title: str, batches: EvalBatches, features: Features) -> None:
         if self.picture is not None and trainer.is_global_zero:

@@ -3,7 +3,6 @@
 import sys
 
 import pytest
-import torch
 
 from clip_train.commands.program import quote_text
 from clip_train.commands.train import main
@@ -168,12 +167,10 @@ def test_values_that_cannot_be(fail, override, named):
     assert named in fail(override)
 
 
-def test_a_checkpoint_that_is_none_and_one_of_another_model(fail, tmp_path):
-    path = tmp_path / "junk.ckpt"
-    path.write_bytes(b"junk")
-    assert "is no checkpoint of clip-train" in fail(f"resume={path}")
-    torch.save({"samples_seen": 32, "state_dict": {"model.logit_scale": torch.zeros(())}}, path)
-    assert "is of another model" in fail(f"resume={path}")
+def test_a_checkpoint_that_is_none(fail, tmp_path):
+    (tmp_path / "junk.ckpt").write_bytes(b"junk")
+    assert "is no valid checkpoint of clip-train: it is no folder" in fail(f"resume={tmp_path / 'junk.ckpt'}")
+    assert "it has no manifest.json" in fail(f"resume={tmp_path}")
 
 
 def test_an_incomplete_validation_set(fail, tmp_path):

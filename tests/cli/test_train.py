@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
+from clip_train.checkpoints.folder import read_weights, verify
 from clip_train.training.csv_logger import read_metrics
 from tests.cli.runs import TINY, clip_train, train_tiny
 
@@ -84,8 +84,9 @@ def test_stopped_by_a_signal_and_resumed_as_if_it_had_not(tmp_path, world_size):
     rows, expected = (read_metrics(tmp_path / name / "metrics.csv")[1] for name in ("cut", "whole"))
     assert len(rows) == 40
     assert losses(rows) == losses(expected)
-    weights = [torch.load(newest(tmp_path / name), weights_only=True)["state_dict"] for name in ("cut", "whole")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    files = [verify(newest(tmp_path / name)).files for name in ("cut", "whole")]
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        assert files[0][name] == files[1][name]  # the same bytes
 
 
 def newest(folder: Path) -> Path:
@@ -136,7 +137,7 @@ def test_a_run_that_diverges_ends_as_a_fault_and_saves_nothing_broken(tmp_path):
     assert done.returncode == 1
     assert "NonFiniteLossError: train/" in done.stderr
     for path in (tmp_path / "run").glob("checkpoints/*.ckpt"):
-        weights = torch.load(path, weights_only=True)["state_dict"]
+        weights = read_weights(path)
         assert all(weight.isfinite().all() for weight in weights.values())
 
 
@@ -144,7 +145,6 @@ def test_sigmoid_loss_learns_its_bias(tmp_path):
     run = ("loss=sigmoid", "max_steps=3", NO_VAL, "micro_batch_size=8")
     rows = train_tiny(tmp_path, "run", *run)
     assert float(rows[0]["train/logit_scale"]) == pytest.approx(10)
-    state = torch.load(newest(tmp_path / "run"), weights_only=True)["state_dict"]
-    assert state["model.logit_bias"] != -10
+    assert read_weights(newest(tmp_path / "run"))["model.logit_bias"] != -10
     both = train_tiny(tmp_path, "both", *run, "trainer.devices=2", "loss.exchange=gather")
     assert [float(row["train/loss"]) for row in both] == pytest.approx([float(r["train/loss"]) for r in rows], rel=1e-5)

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from torch import Tensor
 
+from clip_train.checkpoints.folder import read_weights
 from clip_train.training.csv_logger import read_metrics
 from tests.cli.runs import train_tiny
 
@@ -55,7 +55,7 @@ def metric(run: Path, name: str) -> list[float]:
 
 def parameters(run: Path) -> dict[str, Tensor]:
     (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
-    return torch.load(checkpoint, weights_only=True)["state_dict"]
+    return read_weights(checkpoint)
 
 
 @pytest.mark.parametrize("ranks", RANKS)

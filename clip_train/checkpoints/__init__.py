@@ -1,0 +1,1 @@
+"""Checkpoints on disk: whole or absent, checked when read, written beside training."""

@@ -1,0 +1,142 @@
+"""When a run saves: at its cadences, at its best, when it ends, and again when saving failed."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from clip_train.checkpoints.folder import read_checkpoint
+from clip_train.checkpoints.snapshot import SnapshotTaker
+from clip_train.checkpoints.writer import CheckpointWriter
+from clip_train.distributed import gather_objects
+from clip_train.errors import SaveError
+from clip_train.training.agreement import Vote
+from clip_train.training.durations import passes
+from clip_train.training.metrics import TrainMetrics
+from clip_train.training.module import ClipModule
+
+log = logging.getLogger(__name__)
+
+_FINAL_ATTEMPTS = 5
+
+
+class FolderCheckpointIO(CheckpointIO):
+    """How Lightning reads our checkpoints; `Checkpointing` writes them."""
+
+    def load_checkpoint(self, path, map_location=None, weights_only=None) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
+        raise NotImplementedError("Checkpointing saves")
+
+    def remove_checkpoint(self, path) -> None:
+        raise NotImplementedError("Checkpointing removes")
+
+
+class Checkpointing(Callback):
+    """Saves at cadences, when a metric is at its best, and at the end; training waits for the copy in memory only.
+
+    A checkpoint that falls due while the last one is being written waits for it, training does not.
+
+    Args:
+        writer: of this rank.
+        every_samples: cadence; None saves at the end only.
+        every_minutes: another cadence, by the first rank's clock; None for none.
+        asynchronous: False writes before training goes on, and needs no memory for the copy.
+        resumed_from: what the run goes on from.
+        about: what the manifest says of the run, besides metrics.
+        metrics: read before each save, so that a run that has diverged is not saved.
+
+    Attributes:
+        votes: for the ranks' agreement.
+        longest_stall: seconds that training stood still for one checkpoint, at the most.
+    """
+
+    def __init__(
+        self,
+        writer: CheckpointWriter,
+        *,
+        every_samples: int | None,
+        every_minutes: float | None,
+        asynchronous: bool,
+        resumed_from: Path | None,
+        about: Callable[[], Mapping[str, Any]],
+        metrics: TrainMetrics,
+    ) -> None:
+        self.writer, self.every_samples, self.every_minutes = writer, every_samples, every_minutes
+        self.asynchronous, self.resumed_from, self.about, self.metrics = asynchronous, resumed_from, about, metrics
+        self.longest_stall = 0.0
+        self._wanted, self._unfinished = Vote(self._wants_one), Vote(lambda: int(writer.busy))
+        self.votes = (self._wanted, self._unfinished)
+        self._snapshots = SnapshotTaker(copy=asynchronous)
+        self._due = False
+        self._saved_samples: int | None = None
+        self._saved_at = time.monotonic()
+
+    def _wants_one(self) -> int:
+        minutes = (time.monotonic() - self._saved_at) / 60
+        by_the_clock = self.every_minutes is not None and self.writer.rank == 0 and minutes >= self.every_minutes
+        return int(by_the_clock or self.writer.retry_due)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
+        if trainer.is_global_zero:
+            self.writer.remove_from(pl_module.samples_seen, self.resumed_from)
+        self._saved_at = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: ClipModule, outputs, batch, batch_idx) -> None:
+        samples_seen = pl_module.samples_seen
+        self._due |= passes(samples_seen, pl_module.clock.batch_size, self.every_samples)
+        self._due |= self.writer.retention.is_milestone(samples_seen) or self._wanted.total > 0
+        if self._due and not self._unfinished.total and not trainer.should_stop:
+            self._save(trainer, pl_module)
+
+    def after_evaluation(self, trainer: L.Trainer, pl_module: ClipModule, metrics: Mapping[str, float]) -> None:
+        """Note the metrics in this moment's checkpoint; save one if there is none and they are the best so far."""
+        if self._saved_samples == pl_module.samples_seen:
+            self.writer.add_metrics(pl_module.samples_seen, metrics)
+            if trainer.should_stop:
+                self.writer.wait()
+            return
+        self.writer.wait()
+        best = self.writer.retention.is_best(metrics, self.writer.metrics_of_saved())
+        if trainer.strategy.broadcast(best):
+            self._save(trainer, pl_module, metrics)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
+        """The last save, tried a few times.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        for attempt in range(_FINAL_ATTEMPTS):
+            self._save(trainer, pl_module)
+            self.writer.wait()
+            failures = gather_objects([self.writer.failure] if self.writer.failure else [])
+            if not failures:
+                return
+            if attempt + 1 < _FINAL_ATTEMPTS:
+                time.sleep(2**attempt)
+        raise SaveError(
+            f"the last checkpoint could not be written to {self.writer.folder} ({failures[0]}): make room or mend it,"
+            " then run again with resume=auto"
+        )
+
+    def _save(self, trainer: L.Trainer, pl_module: ClipModule, metrics: Mapping[str, float] | None = None) -> None:
+        self.metrics.flush(trainer)
+        start = time.perf_counter()
+        with self.metrics.paused():
+            self.writer.wait()
+            state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+            if self.writer.rank < self.writer.ranks:
+                snapshot = self._snapshots.take(state, self.writer.rank)
+                self.writer.write(snapshot, {**self.about(), "metrics": dict(metrics or {})})
+            if not self.asynchronous:
+                self.writer.wait()
+        self._due = False
+        self._saved_samples, self._saved_at = pl_module.samples_seen, time.monotonic()
+        self.longest_stall = max(self.longest_stall, time.perf_counter() - start)

@@ -1,0 +1,108 @@
+import logging
+
+import fsspec
+import pytest
+
+from clip_train.checkpoints import writer as writer_module
+from clip_train.checkpoints.folder import list_checkpoints, read_checkpoint, read_manifest, samples_of
+from clip_train.checkpoints.mirror import Mirror
+from clip_train.checkpoints.retention import Retention
+from clip_train.checkpoints.snapshot import SnapshotTaker
+from clip_train.checkpoints.writer import CheckpointWriter
+from clip_train.errors import ConfigError
+from tests.checkpoints.states import assert_equal, make_state
+
+
+def write(writer, *samples, metrics=None):
+    for samples_seen in samples:
+        writer.write(SnapshotTaker(copy=True).take(make_state(samples_seen), rank=0), {"metrics": metrics or {}})
+        writer.wait()
+
+
+def saved(folder):
+    return [samples_of(path) for path in list_checkpoints(folder)]
+
+
+def test_the_newest_stay_and_the_best(tmp_path):
+    writer = CheckpointWriter(tmp_path, Retention(2, metric="recall"))
+    write(writer, 32, 64)
+    writer.add_metrics(64, {"recall": 0.5})
+    write(writer, 96, 128, 160)
+    assert saved(tmp_path) == [64, 128, 160]
+    assert_equal(read_checkpoint(tmp_path / "samples_00000000000128.ckpt"), make_state(128))
+    write(writer, 192, metrics={"recall": 0.6})
+    assert saved(tmp_path) == [160, 192]
+
+
+def test_what_lies_ahead_of_a_resumed_run_goes(tmp_path):
+    writer = CheckpointWriter(tmp_path, Retention(9))
+    write(writer, 32, 64, 96, 128)
+    (tmp_path / "samples_00000000000160.ckpt.tmp").mkdir()
+    writer.remove_from(64, tmp_path / "samples_00000000000064.ckpt")
+    assert saved(tmp_path) == [32, 64]
+    assert not list(tmp_path.glob("*.tmp"))
+    writer.remove_from(64, None)  # a checkpoint of elsewhere
+    assert saved(tmp_path) == [32]
+
+
+def test_a_failed_save_leaves_the_last_one_and_is_tried_again(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(writer_module, "_FIRST_RETRY_SECONDS", 0.0)
+    writer = CheckpointWriter(tmp_path, Retention(1))
+    write(writer, 32)
+    obstacle = tmp_path / "samples_00000000000064.ckpt.tmp"
+    obstacle.write_text("a file where a folder should be")
+    with caplog.at_level(logging.ERROR):
+        write(writer, 64)
+    assert "COULD NOT SAVE A CHECKPOINT at 64 samples" in caplog.text
+    assert writer.failure and not writer.busy
+    assert saved(tmp_path) == [32]
+    obstacle.unlink()
+    writer._retry_at = 0.0
+    assert writer.retry_due
+    write(writer, 96)
+    assert not writer.failure and not writer.retry_due
+    assert saved(tmp_path) == [96]
+
+
+def test_an_invalid_one_does_not_count_among_those_kept(tmp_path):
+    writer = CheckpointWriter(tmp_path, Retention(2))
+    write(writer, 32, 64)
+    (tmp_path / "samples_00000000000064.ckpt" / "model.safetensors").write_bytes(b"")
+    write(writer, 96)
+    assert saved(tmp_path) == [32, 96]
+
+
+def test_the_mirror_has_what_the_folder_has(tmp_path):
+    writer = CheckpointWriter(tmp_path / "here", Retention(2), mirror=Mirror("memory://mirror/b32"))
+    write(writer, 32, 64, 96)
+    copies = fsspec.filesystem("memory")
+    assert sorted(path.rpartition("/")[2] for path in copies.ls("/mirror/b32", detail=False)) == [
+        "samples_00000000000064.ckpt",
+        "samples_00000000000096.ckpt",
+    ]
+    copies.get("/mirror/b32/samples_00000000000096.ckpt", str(tmp_path / "back"), recursive=True)
+    assert_equal(read_checkpoint(tmp_path / "back"), make_state(96))
+
+
+def test_a_mirror_that_fails_is_said_and_costs_nothing(tmp_path, caplog, monkeypatch):
+    mirror = Mirror("memory://mirror/broken")
+    monkeypatch.setattr(mirror, "upload", lambda path: (_ for _ in ()).throw(OSError("no route to host")))
+    writer = CheckpointWriter(tmp_path, Retention(1), mirror=mirror)
+    with caplog.at_level(logging.ERROR):
+        write(writer, 32, 64)
+    assert "saved, but not passed on (OSError: no route to host)" in caplog.text
+    assert saved(tmp_path) == [64] and not writer.failure
+
+
+def test_an_address_that_cannot_be():
+    with pytest.raises(ConfigError, match=r"checkpoint\.mirror=nowhere://x"):
+        Mirror("nowhere://x")
+
+
+def test_metrics_are_noted_in_a_checkpoint_that_is_there(tmp_path):
+    writer = CheckpointWriter(tmp_path, Retention(1))
+    write(writer, 32, metrics={"a": 1.0})
+    writer.add_metrics(32, {"b": 2.0})
+    writer.wait()
+    assert read_manifest(tmp_path / "samples_00000000000032.ckpt").about["metrics"] == {"a": 1.0, "b": 2.0}
+    assert writer.metrics_of_saved() == {32: {"a": 1.0, "b": 2.0}}
