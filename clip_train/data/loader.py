@@ -15,13 +15,13 @@ _may_end = multiprocessing.Event()
 
 
 class BatchStarts(Sampler[int]):
-    """Where the batches of a run begin, from `samples_seen` on. Endless, so that the trainer alone decides the end."""
+    """Where the batches of a run begin, from a position on. Endless, so that the trainer alone decides the end."""
 
-    def __init__(self, samples_seen: int, batch_size: int) -> None:
-        self.samples_seen, self.batch_size = samples_seen, batch_size
+    def __init__(self, position: int, batch_size: int) -> None:
+        self.position, self.batch_size = position, batch_size
 
     def __iter__(self) -> Iterator[int]:
-        start = self.samples_seen
+        start = self.position
         while True:
             yield start
             start += self.batch_size
@@ -47,6 +47,11 @@ def _as_is(batch: Any) -> Any:
 def let_workers_end() -> None:
     """From now on workers end when they are told to, even in the middle of a download."""
     _may_end.set()
+
+
+def keep_workers() -> None:
+    """Workers heed only the trainer again, for another part of the run."""
+    _may_end.clear()
 
 
 def _init_worker(_: int) -> None:

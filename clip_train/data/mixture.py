@@ -66,9 +66,9 @@ class Mixture:
         """The number of the source at each position."""
         return self._resolve(positions)[0]
 
-    def epochs(self, samples_seen: int) -> list[float]:
+    def epochs(self, position: int) -> list[float]:
         """How often the stream has gone through each source when it comes to a position."""
-        block, slot = divmod(samples_seen, BLOCK)
+        block, slot = divmod(position, BLOCK)
         in_block = np.bincount(self._source_of_slot[:slot], minlength=len(self.sources))
         return ((block * self.slots + in_block) / self.sizes).tolist()
 
@@ -82,11 +82,11 @@ class Mixture:
         return np.sort(self._rank_parts(start, batch_size, world_size)[rank])
 
     def shards_ahead(
-        self, samples_seen: int, batch_size: int, ranks: Sequence[int] = (0,), world_size: int = 1
+        self, position: int, batch_size: int, ranks: Sequence[int] = (0,), world_size: int = 1
     ) -> Iterator[int]:
-        """The shards that these ranks need from `samples_seen` on, endlessly; see `SampleOrder.shards_ahead`."""
+        """The shards that these ranks need from `position` on, endlessly; see `SampleOrder.shards_ahead`."""
         reached = [LanesReached(self.lanes) for _ in self.sources]
-        for start in count(samples_seen, batch_size):
+        for start in count(position, batch_size):
             parts = self._rank_parts(start, batch_size, world_size)[list(ranks)]
             sources, inner = self._resolve(np.sort(parts, axis=None))
             for number, source in enumerate(self.sources):

@@ -87,15 +87,15 @@ class SampleOrder:
         return np.arange(first, start + batch_size, world_size, dtype=np.int64)
 
     def shards_ahead(
-        self, samples_seen: int, batch_size: int, ranks: Sequence[int] = (0,), world_size: int = 1
+        self, position: int, batch_size: int, ranks: Sequence[int] = (0,), world_size: int = 1
     ) -> Iterator[int]:
-        """The shards that these ranks need from `samples_seen` on, endlessly, for who fetches them in time.
+        """The shards that these ranks need from `position` on, endlessly, for who fetches them in time.
 
         A shard comes no later than the first batch that reads it, and once for each lane and epoch that does; all of a
         window's come when its first sample is due. It looks ahead only as far as it is asked to.
         """
         reached = LanesReached(self.lanes)
-        for start in count(samples_seen, batch_size):
+        for start in count(position, batch_size):
             parts = [self.rank_positions(start, batch_size, rank, world_size) for rank in ranks]
             yield from self.new_shards(np.concatenate(parts), reached)
 

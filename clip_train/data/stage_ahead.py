@@ -20,15 +20,15 @@ class StageAhead:
 
     Args:
         stager: the node's cache.
-        urls_ahead: from a number of samples seen, the shards that the node needs from there on, in order of first need.
-        samples_seen: where the run begins.
+        urls_ahead: from a position of the stream, the shards that the node needs from there on, in order of first need.
+        position: where the run begins.
         threads: downloads at once.
     """
 
     def __init__(
-        self, stager: Stager, urls_ahead: Callable[[int], Iterator[str]], samples_seen: int = 0, threads: int = 4
+        self, stager: Stager, urls_ahead: Callable[[int], Iterator[str]], position: int = 0, threads: int = 4
     ) -> None:
-        self._stager, self._urls_ahead, self._samples_seen = stager, urls_ahead, samples_seen
+        self._stager, self._urls_ahead, self._position = stager, urls_ahead, position
         self._budget = stager.cache.max_bytes // 2
         self._first_guess = max(self._budget // threads, 1)  # of a shard's size, while none is known
         self._missing: list[str] = []
@@ -43,9 +43,9 @@ class StageAhead:
         for thread in self._threads:
             thread.start()
 
-    def advance(self, samples_seen: int) -> None:
+    def advance(self, position: int) -> None:
         """Tell how far the run has come. Returns at once."""
-        self._samples_seen = samples_seen
+        self._position = position
         self._due.set()
 
     def check(self) -> None:
@@ -94,7 +94,7 @@ class StageAhead:
         staged: list[str] = []
         missing: list[str] = []
         total = typical = 0
-        for url in self._urls_ahead(self._samples_seen):
+        for url in self._urls_ahead(self._position):
             size = self._stager.cache.size(url)
             typical = max(typical, size or 0)
             total += size or typical or self._first_guess

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clip_train.errors import ConfigError
+from clip_train.training.bad_step import telling_seed
 
 Encode = Callable[..., tuple[Tensor, Tensor]]
 
@@ -79,7 +80,7 @@ def _loss_and_gradients(
     value = loss(*leaves, **scalars)
     inputs = [*leaves, *scalars.values()]
     with torch.autocast(value.device.type, enabled=False):  # which is for forward only
-        grads = torch.autograd.grad(value, inputs, allow_unused=True)
+        grads = torch.autograd.grad(value, inputs, telling_seed(value), allow_unused=True)
     return value.detach(), [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads)]
 
 

@@ -108,12 +108,12 @@ class ClipDataModule(L.LightningDataModule):
             raise DataError(f"validation set {name}: {reader.num_incomplete} samples lack an image or a caption")
         return reader
 
-    def metrics(self, samples_seen: int) -> dict[str, float]:
+    def metrics(self, position: int) -> dict[str, float]:
         """How often a mixture has gone through each of its sources."""
         order = self.batches.order
         if not isinstance(order, Mixture):
             return {}
-        return {f"data/epochs/{name}": passed for name, passed in zip(self.sources, order.epochs(samples_seen))}
+        return {f"data/epochs/{name}": passed for name, passed in zip(self.sources, order.epochs(position))}
 
     @cached_property
     def has_remote_shards(self) -> bool:
@@ -135,9 +135,9 @@ class ClipDataModule(L.LightningDataModule):
         return len(self.batches.reader)
 
     def train_dataloader(self) -> DataLoader:
-        """The stream from the module's `samples_seen` on."""
+        """The stream from the module's position on."""
         module = cast(ClipModule, cast(L.Trainer, self.trainer).lightning_module)
-        starts = BatchStarts(module.samples_seen, self.batch_size)
+        starts = BatchStarts(module.position, self.batch_size)
         pin_memory = self.world.accelerator == "gpu"
         return make_loader(self.batches, starts, self.num_workers, pin_memory)
 

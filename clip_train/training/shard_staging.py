@@ -37,7 +37,7 @@ class ShardStaging(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         if self.data.has_remote_shards and trainer.local_rank == 0:
-            self._ahead = StageAhead(self.data.stager, self._upcoming, pl_module.samples_seen)
+            self._ahead = StageAhead(self.data.stager, self._upcoming, pl_module.position)
 
     def on_train_batch_start(self, trainer, pl_module, batch: Batch, batch_idx) -> None:
         self._new_retries += batch["retries"] + self.data.stager.take_retries()
@@ -50,7 +50,7 @@ class ShardStaging(Callback):
         self._num_retries += self.retries.total
         if self._ahead is None:
             return
-        self._ahead.advance(pl_module.samples_seen)
+        self._ahead.advance(pl_module.position)
         try:
             self._ahead.check()
         except Exception as error:
@@ -68,13 +68,13 @@ class ShardStaging(Callback):
             self._ahead.close()
             self._ahead = None
 
-    def _upcoming(self, samples_seen: int):
+    def _upcoming(self, position: int):
         world, batches = self.data.world, self.data.batches
         first = world.rank // world.devices * world.devices  # of this node
         return urls_ahead(
             batches.order,
             batches.reader.shard_names,
-            samples_seen,
+            position,
             batch_size=self.data.batch_size,
             ranks=range(first, min(first + world.devices, world.size)),
             world_size=world.size,

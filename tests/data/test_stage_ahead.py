@@ -45,7 +45,7 @@ def wait_until(condition, seconds: float = 10) -> None:
 
 
 def test_stages_in_order_up_to_half_the_cache(server, urls, stager):
-    ahead = StageAhead(stager, from_sample(urls), samples_seen=30, threads=1)
+    ahead = StageAhead(stager, from_sample(urls), position=30, threads=1)
     wait_until(lambda: len(server.requests) == 5)
     time.sleep(0.2)
     assert requested(server) == [3, 4, 5, 6, 7]
@@ -105,7 +105,7 @@ def test_an_error_of_the_order_reaches_the_trainer(stager):
     def broken(samples_seen: int) -> Iterator[str]:
         raise ZeroDivisionError(samples_seen)
 
-    ahead = StageAhead(stager, broken, samples_seen=7)
+    ahead = StageAhead(stager, broken, position=7)
     wait_until(lambda: not any(thread.is_alive() for thread in ahead._threads))
     with pytest.raises(ZeroDivisionError, match="7"):
         ahead.check()

@@ -1,0 +1,51 @@
+"""A step whose loss or gradient is not finite, on whichever rank, changes nothing on any of them."""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+
+def telling_seed(loss: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """What backward begins with: 1, or NaN if the loss is not finite.
+
+    So a loss that is not finite makes every gradient NaN, and the exchange of gradients carries that to all ranks: the
+    norm of the synchronised gradient alone says, everywhere the same, whether the step can be used.
+    """
+    return 1 + 0 * loss.detach()
+
+
+def clip_or_skip(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], limit: float | None
+) -> Float[Tensor, ""]:
+    """Clip the synchronised gradient; if its norm is not finite, make the optimizer's next step do nothing.
+
+    The device decides: a fused optimizer reads `found_inf`, as the gradient scaler of fp16 leaves it, and the host does
+    not wait. An optimizer that is not fused is left to that scaler, which skips such a step itself.
+
+    Args:
+        limit: the largest norm; None only measures it.
+
+    Returns:
+        The norm before clipping.
+    """
+    norm = nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = (~norm.isfinite()).float()  # pyright: ignore[reportAttributeAccessIssue]
+    return norm
+
+
+def running_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """What a forward pass changes, the statistics of batch norms, each with a copy of it."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    return [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+
+
+def restore_unless(finite: Tensor, statistics: list[tuple[Tensor, Tensor]]) -> None:
+    """Put back what `running_statistics` copied, unless `finite`; the device decides."""
+    for buffer, before in statistics:
+        buffer.copy_(torch.where(finite, buffer, before))
