@@ -1,9 +1,7 @@
 """What all ranks must decide together, once per step: stopping by a signal, giving up on bad data, saving."""
 
-import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -16,8 +14,7 @@ from clip_train.distributed import gather_objects, group_size, host_group
 from clip_train.errors import DataError
 from clip_train.training.bad_samples import BadSamples
 from clip_train.training.module import ClipModule
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from clip_train.training.signals import stop_requested
 
 
 @dataclass
@@ -37,7 +34,7 @@ class RankAgreement(Callback):
     """Ends the run at the end of a step that all ranks finish, whichever rank got the signal or the bad sample.
 
     One reduction of a few integers per step, through the host, so that it does not wait for the accelerator; bad
-    samples, which are rare, are gathered. A second SIGINT stops at once.
+    samples, which are rare, are gathered.
 
     Args:
         bad_samples: told of every rank's.
@@ -50,24 +47,19 @@ class RankAgreement(Callback):
     def __init__(self, bad_samples: BadSamples, votes: Sequence[Vote] = ()) -> None:
         self.bad_samples, self.votes = bad_samples, votes
         self.stopped_by_signal = False
-        self._signalled = False
         self._group: Any = None
 
     def setup(self, trainer, pl_module, stage) -> None:
         if group_size() > 1:
             self._group = host_group()
 
-    def on_train_start(self, trainer, pl_module) -> None:
-        for number in _STOP_SIGNALS:  # after Lightning's own, whose handler broadcasts while a step may be running
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._signalled and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._signalled = True
+    def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
+        if self._sum([stop_requested() is not None])[0]:  # it came before there was a step to finish
+            self._stop(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: ClipModule, batch: Batch, batch_idx: int) -> None:
-        local = [bool(batch["error"]), self._signalled, len(batch["bad"]), *(vote.ask() for vote in self.votes)]
+        signalled = stop_requested() is not None
+        local = [bool(batch["error"]), signalled, len(batch["bad"]), *(vote.ask() for vote in self.votes)]
         failed, signalled, bad, *totals = self._sum(local)
         for vote, total in zip(self.votes, totals, strict=True):
             vote.total = total
@@ -78,8 +70,11 @@ class RankAgreement(Callback):
             samples_seen = pl_module.samples_seen + pl_module.clock.batch_size
             self.bad_samples.add(found, samples_seen, write=trainer.is_global_zero)
         if signalled:
-            self.stopped_by_signal = True
-            trainer.should_stop = True  # after this step
+            self._stop(trainer)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        self.stopped_by_signal = True
+        trainer.should_stop = True  # after this step
 
     def _sum(self, local: Sequence[int]) -> list[int]:
         total = torch.tensor(local, dtype=torch.int64)

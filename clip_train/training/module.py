@@ -121,7 +121,7 @@ class ClipModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         keep_settings(self.trainer.optimizers[0], self.optim)  # a checkpoint brings those that it was made with
-        self.trainer.should_stop = self.samples_seen >= self.clock.total_samples  # a resumed run may be complete
+        self.trainer.should_stop |= self.samples_seen >= self.clock.total_samples  # a resumed run may be complete
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout and the like must not depend on what was drawn before, or a resumed run would differ.

@@ -41,6 +41,7 @@ from clip_train.training.run_folder import RunFolder, default_run_name, environm
 from clip_train.training.run_start import RunStart
 from clip_train.training.sample_log import SampleLog
 from clip_train.training.shard_staging import ShardStaging
+from clip_train.training.signals import keep_handlers
 from clip_train.training.startup import announce
 from clip_train.training.validation import AfterEvaluation, Validation
 
@@ -242,7 +243,7 @@ def _trainer(cfg: DictConfig, world: World, folder: RunFolder, callbacks: list[L
     warnings.filterwarnings("ignore", module="lightning")  # advice on settings that are ours
     # No buffers are broadcast: ours are constants, and ranks may run different numbers of evaluation batches.
     ddp = DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
-    return L.Trainer(
+    trainer = L.Trainer(
         accelerator=world.accelerator,
         devices=world.devices,
         num_nodes=world.num_nodes,
@@ -258,6 +259,8 @@ def _trainer(cfg: DictConfig, world: World, folder: RunFolder, callbacks: list[L
         enable_model_summary=False,
         default_root_dir=str(folder.path),
     )
+    keep_handlers(trainer)
+    return trainer
 
 
 def _plain(cfg: Any) -> Any:
