@@ -29,13 +29,15 @@ class ShardIndex:
     """Where the files of one shard's samples lie.
 
     `read_extents()[i, j]` is the (offset, size) of sample i's file with extension `extensions[j]`; an offset of
-    `ABSENT` means that the sample has none. `files_per_extension[j]` counts the samples that have one.
+    `ABSENT` means that the sample has none. `files_per_extension[j]` counts the samples that have one. `num_bytes` is
+    the size of the tar.
     """
 
     shard: str
     extensions: tuple[str, ...]
     files_per_extension: tuple[int, ...]
     num_samples: int
+    num_bytes: int
     _source: "np.ndarray | tuple[str, int]"
 
     @property
@@ -113,6 +115,7 @@ def _read(path: Path, shard: str, stamp: dict[str, str]) -> ShardIndex | None:
         tuple(json.loads(metadata["extensions"])),
         tuple(json.loads(metadata["files_per_extension"])),
         num_samples=tensor["shape"][0],
+        num_bytes=int(metadata["tar_size"]),
         _source=(str(path), data_start),
     )
 
@@ -126,7 +129,8 @@ def _build(path: Path, shard: str, stamp: dict[str, str]) -> ShardIndex:
         write_atomic(path, save({"extents": extents}, metadata))
     except OSError:
         pass  # a read-only folder: this process keeps the index in memory, the next one scans again
-    return ShardIndex(shard, extensions, counts, len(extents), _source=extents)
+    in_memory = ShardIndex(shard, extensions, counts, len(extents), int(stamp["tar_size"]), _source=extents)
+    return _read(path, shard, stamp) or in_memory
 
 
 def _scan_samples(shard: str) -> tuple[tuple[str, ...], Int64[np.ndarray, "samples extensions 2"]]:

@@ -65,7 +65,8 @@ def _staged_shards(urls: Sequence[str], stager: Stager) -> list[StagedShard]:
 
 
 def _index(url: str, stager: Stager) -> ShardIndex:
-    return load_index(str(stager.stage(url)), str(stager.cache.cache_dir))
+    with stager.held(url) as path:
+        return load_index(str(path), str(stager.cache.cache_dir))
 
 
 class ShardsAhead(Protocol):

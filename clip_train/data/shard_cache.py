@@ -39,6 +39,10 @@ def _close_locked() -> None:
 os.register_at_fork(after_in_child=_close_locked)
 
 
+class CacheError(DataError):
+    """The cache cannot take a copy; nothing is known to be wrong with the shard."""
+
+
 def parse_bytes(size: str | int, setting: str) -> int:
     """`200GB` -> 200 * 10**9; `GiB` and the like are powers of 1024; a bare number is bytes.
 
@@ -169,7 +173,7 @@ class ShardCache:
         While another holds the lock, `wait(seconds)` is called again and again.
 
         Raises:
-            DataError: the folder cannot be written, or its file system has no locks.
+            CacheError: the folder cannot be written, or its file system has no locks.
         """
         path = Path(f"{self.path(url)}.part")
         try:
@@ -177,7 +181,7 @@ class ShardCache:
             while (descriptor := _lock(path, os.O_CREAT)) is None:
                 wait(_LOCK_POLL_S)
         except OSError as error:
-            raise DataError(f"data.cache_dir={self.cache_dir} cannot be used: {error}") from error
+            raise CacheError(f"data.cache_dir={self.cache_dir} cannot be used: {error}") from error
         part = Part(path, descriptor)
         try:
             yield part

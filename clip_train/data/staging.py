@@ -2,14 +2,14 @@
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from clip_train.data.remote import RemoteStream, open_remote
 from clip_train.data.retries import Cancelled, never, wait, with_retries
-from clip_train.data.shard_cache import Part, ShardCache, readable_bytes
-from clip_train.errors import DataError
+from clip_train.data.shard_cache import CacheError, Part, ShardCache, readable_bytes
 
 _CHECK_EVERY = 256 << 20  # bytes between looks at the limit, where a file's size is not known beforehand
 _T = TypeVar("_T")
@@ -71,6 +71,15 @@ class Stager:
             if (descriptor := self.cache.acquire(url)) is not None:
                 return descriptor
 
+    @contextmanager
+    def held(self, url: str) -> Iterator[Path]:
+        """`url`'s copy, which is not evicted inside. Raises as `stage` does."""
+        descriptor = self.open(url)
+        try:
+            yield self.path(url)
+        finally:
+            os.close(descriptor)
+
     def _download(self, url: str, part: Part, cancelled: Callable[[], bool]) -> float | None:
         """Fill `part`, in several attempts if need be; returns the remote file's time."""
 
@@ -108,12 +117,12 @@ class Stager:
                 return write()
             except OSError as error:
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise DataError(f"data.cache_dir={self.cache.cache_dir} cannot be written: {error}") from error
+                    raise CacheError(f"data.cache_dir={self.cache.cache_dir} cannot be written: {error}") from error
                 if not self.cache.evict_one():
                     remedy = "free some of it, or name another data.cache_dir"
-                    raise DataError(f"the disk of data.cache_dir={self.cache.cache_dir} is full: {remedy}") from error
+                    raise CacheError(f"the disk of data.cache_dir={self.cache.cache_dir} is full: {remedy}") from error
 
     def _check_limit(self, url: str, size: int) -> None:
         if size > self.cache.max_bytes:
             limit = f"data.cache_size={readable_bytes(self.cache.max_bytes)}"
-            raise DataError(f"shard {url} takes {readable_bytes(size)} or more, over the limit {limit}: raise that")
+            raise CacheError(f"shard {url} takes {readable_bytes(size)} or more, over the limit {limit}: raise that")

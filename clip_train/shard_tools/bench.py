@@ -2,23 +2,27 @@
 
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from clip_train.data.augmentation import Augmentation
 from clip_train.data.batches import TrainBatches
-from clip_train.data.index import load_indexes
 from clip_train.data.loader import BatchStarts, make_loader
 from clip_train.data.order import SampleOrder
 from clip_train.data.pairs import PairReader
+from clip_train.data.remote import scheme_of
+from clip_train.data.remote_shards import open_shards
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.errors import ConfigError, DataError
+from clip_train.shard_tools.access import ShardAccess
 from clip_train.shard_tools.parallel import count_workers
 
 _CONTEXT_LENGTH = 77
 _LANES, _WINDOW = 64, 4096  # the defaults of configs/data/shards.yaml
+_DOWNLOADS_AT_ONCE = 4  # as the stager beside training
 _NEARLY_BEST = 0.95
 
 
@@ -37,7 +41,6 @@ class BenchOptions:
     decode: str
     seconds: float
     samples_per_second: float | None
-    cache_dir: str | None
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch_size"):
@@ -56,13 +59,54 @@ class Rate(NamedTuple):
     stages: Mapping[str, float]
 
 
-def open_batches(shards: Sequence[str], options: BenchOptions) -> TrainBatches:
+class Fetched(NamedTuple):
+    """Shards that can be read at once, and what it took to copy those of them that were not here."""
+
+    shards: list[str]
+    num_downloads: int
+    num_bytes: int
+    seconds: float
+
+
+def fetch(shards: Sequence[str], access: ShardAccess, seconds: float) -> Fetched:
+    """Copy remote shards, several at once as training does, for so long or until the cache is half full.
+
+    Returns:
+        The local shards, and the remote ones whose copies are here now, at least one.
+
+    Raises:
+        DataError: a shard cannot be fetched.
+    """
+    stager = access.stager
+    waiting = deque(shard for shard in shards if scheme_of(shard))
+    missing = {url for url in waiting if stager.cache.size(url) is None}
+    sizes: dict[str, int] = {}
+    begin = time.monotonic()
+
+    def work() -> None:
+        while waiting and (
+            not sizes or (time.monotonic() < begin + seconds and sum(sizes.values()) < stager.cache.max_bytes // 2)
+        ):
+            url = waiting.popleft()
+            stager.stage(url)
+            sizes[url] = stager.cache.size(url) or 0
+
+    with ThreadPoolExecutor(_DOWNLOADS_AT_ONCE) as pool:
+        for done in [pool.submit(work) for _ in range(_DOWNLOADS_AT_ONCE)]:
+            done.result()
+    new = [size for url, size in sizes.items() if url in missing]
+    here = [shard for shard in shards if shard in sizes or not scheme_of(shard)]
+    return Fetched(here, len(new), sum(new), time.monotonic() - begin)
+
+
+def open_batches(shards: Sequence[str], options: BenchOptions, access: ShardAccess) -> TrainBatches:
     """The stream that training with the default augmentation takes from the shards.
 
     Raises:
         DataError: a shard is damaged, or has no files under the keys.
     """
-    reader = PairReader(load_indexes(shards, options.cache_dir), options.image_key, options.caption_key)
+    opened = open_shards(shards, access.stager, access.cache_dir)
+    reader = PairReader(opened, options.image_key, options.caption_key)
     return TrainBatches(
         reader=reader,
         order=SampleOrder(reader.counts, seed=0, lanes=_LANES, window=_WINDOW),
@@ -74,14 +118,11 @@ def open_batches(shards: Sequence[str], options: BenchOptions) -> TrainBatches:
     )
 
 
-def forget_files(shards: Sequence[str]) -> None:
+def forget_files(shards: Sequence[str], access: ShardAccess) -> None:
     """Ask the system to forget what it keeps of the shards in memory, so that they are read from where they are."""
     for shard in shards:
-        descriptor = os.open(shard, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+        with access.local(shard) as path, open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def reading_rate(batches: TrainBatches, seconds: float) -> tuple[float, float]:

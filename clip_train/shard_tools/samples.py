@@ -11,6 +11,7 @@ import numpy as np
 from clip_train.data.captions import CaptionSource
 from clip_train.data.index import ABSENT, ShardIndex
 from clip_train.errors import ConfigError, DataError
+from clip_train.shard_tools.access import ShardAccess
 
 _SAMPLES_PER_TASK = 250
 
@@ -68,13 +69,14 @@ class SampleTask:
     index: ShardIndex
     rows: Sequence[int]
     selection: Selection
+    access: ShardAccess
 
     def read(self) -> Iterator[StoredSample]:
         """Read the samples in the order of the shard."""
         image_extensions, caption_extensions = self.selection.image_extensions, self.selection.captions.extensions
         extents = self.index.read_extents()
-        descriptor = os.open(self.index.shard, os.O_RDONLY)
-        try:
+        with self.access.local(self.index.shard) as path, open(path, "rb", buffering=0) as file:
+            descriptor = file.fileno()
             for row in self.rows:
                 offsets, sizes = (dict(zip(self.index.extensions, column)) for column in extents[row].T.tolist())
                 there = [extension for extension, offset in offsets.items() if offset != ABSENT]
@@ -83,11 +85,9 @@ class SampleTask:
                 files = {name: os.pread(descriptor, sizes[name], offsets[name]) for name in wanted}
                 key = _key(descriptor, min(offsets[extension] for extension in there))
                 yield StoredSample(self.index.shard, key, files.pop(image, None), image, files)
-        finally:
-            os.close(descriptor)
 
 
-def sample_tasks(indexes: Sequence[ShardIndex], selection: Selection) -> list[SampleTask]:
+def sample_tasks(indexes: Sequence[ShardIndex], selection: Selection, access: ShardAccess) -> list[SampleTask]:
     """Tasks that together read the selected samples.
 
     Raises:
@@ -108,7 +108,7 @@ def sample_tasks(indexes: Sequence[ShardIndex], selection: Selection) -> list[Sa
         first, last = np.searchsorted(drawn, [end - count, end])
         rows = (drawn[first:last] - (end - count)).tolist()
         tasks += [
-            SampleTask(index, rows[start : start + _SAMPLES_PER_TASK], selection)
+            SampleTask(index, rows[start : start + _SAMPLES_PER_TASK], selection, access)
             for start in range(0, len(rows), _SAMPLES_PER_TASK)
         ]
     return tasks

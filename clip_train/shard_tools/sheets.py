@@ -14,7 +14,6 @@ from PIL import Image
 
 from clip_train.data.captions import UnusableCaption
 from clip_train.data.decoding import decode_rgb
-from clip_train.data.index import ShardIndex
 from clip_train.shard_tools.samples import Selection, sample_tasks
 from clip_train.shard_tools.stats import CONTEXT_LENGTH, Measurements, count_tokens
 
@@ -28,11 +27,11 @@ _BACKGROUND, _GRID = "#f0f2f5", "#eaeef2"
 _BINS = 40
 
 
-def draw_samples(path: Path, indexes: Sequence[ShardIndex], selection: Selection, title: str) -> None:
+def draw_samples(path: Path, measured: Measurements, selection: Selection, title: str) -> None:
     """A grid of samples drawn at random, each with its first caption. One that cannot be used says so."""
-    count = min(_COLUMNS * _ROWS, sum(index.num_samples for index in indexes))
+    count = min(_COLUMNS * _ROWS, sum(index.num_samples for index in measured.indexes))
     drawn = Selection(selection.image_key, selection.caption_key, count, selection.seed)
-    samples = [sample for task in sample_tasks(indexes, drawn) for sample in task.read()]
+    samples = [sample for task in sample_tasks(measured.indexes, drawn, measured.access) for sample in task.read()]
     width, row_height = _COLUMNS * _CELL_INCHES, _CELL_INCHES + _CAPTION_INCHES
     height = _TITLE_INCHES + -(-count // _COLUMNS) * row_height
     figure = Figure(figsize=(width, height), dpi=_DPI)

@@ -16,8 +16,10 @@ from PIL import Image
 from clip_train.data.captions import UnusableCaption
 from clip_train.data.decoding import FORMATS
 from clip_train.data.index import ABSENT, ShardIndex
+from clip_train.data.remote import scheme_of
 from clip_train.data.tokenizer import END_ID, ClipTokenizer
 from clip_train.errors import DataError
+from clip_train.shard_tools.access import ShardAccess
 from clip_train.shard_tools.damage import Damage
 from clip_train.shard_tools.indexing import index_shards
 from clip_train.shard_tools.parallel import Progress, run_parallel
@@ -44,6 +46,7 @@ class Measurements:
     """The samples that were looked at, and what there is in all."""
 
     indexes: list[ShardIndex]
+    access: ShardAccess
     samples: list[Measured] = field(default_factory=list)
 
     def captions(self) -> list[str]:
@@ -58,7 +61,7 @@ class Measurements:
 def measure_shards(
     shards: Sequence[str],
     selection: Selection,
-    cache_dir: str | None,
+    access: ShardAccess,
     num_workers: int,
     on_progress: Progress = lambda *_: None,
 ) -> Measurements:
@@ -68,14 +71,14 @@ def measure_shards(
         DataError: a shard is damaged, or none has any file under one of the keys.
     """
     indexes = {}
-    with closing(index_shards(shards, cache_dir, num_workers)) as results:
+    with closing(index_shards(shards, access, num_workers)) as results:
         for result in results:
             if isinstance(result, Damage):
                 raise DataError(f"{result.detail} (clip-shards verify lists all damage)")
             indexes[result.shard] = result
             on_progress("reading headers", len(indexes), len(shards))
-    measured = Measurements([indexes[shard] for shard in shards])
-    tasks = sample_tasks(measured.indexes, selection)
+    measured = Measurements([indexes[shard] for shard in shards], access)
+    tasks = sample_tasks(measured.indexes, selection, access)
     total = sum(len(task.rows) for task in tasks)
     with closing(run_parallel(_measure, tasks, num_workers)) as results:
         for samples in results:
@@ -94,7 +97,7 @@ def summarize(measured: Measurements) -> dict[str, Any]:
         "num_shards": len(sizes),
         "num_samples": sum(sizes),
         "samples_per_shard": distribution(sizes),
-        "shard_bytes": sum(os.path.getsize(index.shard) for index in measured.indexes),
+        "shard_bytes": sum(index.num_bytes for index in measured.indexes),
         "bytes_by_extension": _bytes_by_extension(measured.indexes),
         "download": _download(index.shard for index in measured.indexes),
         "num_measured": len(measured.samples),
@@ -162,10 +165,10 @@ def _bytes_by_extension(indexes: Iterable[ShardIndex]) -> dict[str, int]:
 
 
 def _download(shards: Iterable[str]) -> dict[str, Any] | None:
-    """The sum of what img2dataset noted beside the shards (NNNNN_stats.json), if it did."""
+    """The sum of what img2dataset noted beside the local shards (NNNNN_stats.json), if it did."""
     totals: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for folder in {os.path.dirname(shard) for shard in shards}:
+    for folder in {os.path.dirname(shard) for shard in shards if not scheme_of(shard)}:
         for path in glob.glob(os.path.join(glob.escape(folder), "*_stats.json")):
             try:
                 with open(path, "rb") as file:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from clip_train.data.captions import CaptionSource, UnusableCaption
 from clip_train.data.decoding import decode_rgb
 from clip_train.data.index import ShardIndex
+from clip_train.shard_tools.access import ShardAccess
 from clip_train.shard_tools.damage import Damage
 from clip_train.shard_tools.indexing import index_shards
 from clip_train.shard_tools.parallel import Progress, run_parallel
@@ -33,7 +34,7 @@ class Verified:
 def verify_shards(
     shards: Sequence[str],
     selection: Selection,
-    cache_dir: str | None,
+    access: ShardAccess,
     num_workers: int,
     on_progress: Progress = lambda *_: None,
 ) -> Verified:
@@ -46,7 +47,7 @@ def verify_shards(
     """
     found = Verified(num_shards=len(shards))
     indexes: list[ShardIndex] = []
-    with closing(index_shards(shards, cache_dir, num_workers, rescan=selection.num_samples is None)) as results:
+    with closing(index_shards(shards, access, num_workers, rescan=selection.num_samples is None)) as results:
         for done, result in enumerate(results, 1):
             if isinstance(result, Damage):
                 found.damages.append(result)
@@ -56,7 +57,7 @@ def verify_shards(
     order = {shard: number for number, shard in enumerate(shards)}
     indexes.sort(key=lambda index: order[index.shard])
     found.num_samples = sum(index.num_samples for index in indexes)
-    tasks = sample_tasks(indexes, selection)
+    tasks = sample_tasks(indexes, selection, access)
     total = sum(len(task.rows) for task in tasks)
     with closing(run_parallel(_check, tasks, num_workers)) as results:
         for checked in results:

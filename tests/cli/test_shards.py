@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from clip_train.commands.program import config_dir
 from clip_train.commands.shards import main
 from tests.conftest import make_sample, write_shard
+from tests.data.failing_server import Fault, failing_server
 from tests.shard_tools.options import write_table
 
 ALONE = ("num_workers=1",)
@@ -149,7 +150,7 @@ def test_user_errors(fail, tmp_path, make_shards):
     assert "shards has no value: give shards=..." in fail("verify")
     assert "no file matches" in fail("verify", "shards=/none/*.tar")
     assert "00001.tar does not exist" in fail("index", f"shards={tmp_path}/shards/{{00000..00001}}.tar")
-    assert "is remote" in fail("verify", "shards=s3://bucket/{00000..00009}.tar")
+    assert "cache_size=much is not a size" in fail("stats", shards, "cache_size=much")
     assert "image_key=tiff: no shard has such files" in fail("verify", shards, "image_key=tiff")
     assert "num_workers=0" in fail("verify", shards, "num_workers=0")
     assert "num_samples=0" in fail("stats", shards, "num_samples=0")
@@ -162,6 +163,28 @@ def test_user_errors(fail, tmp_path, make_shards):
     (tmp_path / "shards" / "00000.tar").write_text("junk")
     assert "is not a tar" in fail("index", shards, *ALONE)
     assert "is not a tar" in fail("stats", shards, *ALONE)
+
+
+def test_remote_shards(run, fail, tmp_path, make_shards):
+    cache = (f"cache_dir={tmp_path}/cache", "retries=0", *ALONE)
+    with failing_server() as server:
+        urls = [server.add(f"/{Path(shard).name}", Path(shard).read_bytes()) for shard in make_shards([5, 4])]
+        pattern = f"shards={server.url}/{{00000..00001}}.tar"
+        assert "2 shards, 9 samples" in run("index", pattern, *cache)[1]
+        code, out, _ = run("verify", pattern, *cache)
+        assert (code, "decoded 9 of 9 samples" in out) == (0, True)
+        assert run("stats", pattern, f"output={tmp_path}/stats", *cache)[0] == 0
+        assert server.requests == ["/00000.tar", "/00001.tar"]  # once for all
+        other = f"cache_dir={tmp_path}/other"
+        code, out, _ = run("bench", pattern, other, "num_workers=0", "seconds=1", "batch_size=4", "image_size=16")
+        assert code == 0
+        assert [line.split()[0] for line in out.splitlines()[2:5]] == ["download", "read", "0"]
+        assert f"shard {urls[1][:-5]}2.tar: it does not exist" in fail("index", f"shards={urls[1][:-5]}2.tar", *cache)
+        server.faults["/00000.tar"] = [Fault(500)] * 9
+        nothing = (f"cache_dir={tmp_path}/nothing", *cache[1:])
+        assert "given up after 1 attempts: 500" in fail("stats", pattern, *nothing)
+        assert "cache_size=1 KB: raise that" in fail("verify", pattern, *nothing, "cache_size=1KB")
+        assert "unknown scheme" in fail("verify", "shards=ftps3://x/0.tar", *cache)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

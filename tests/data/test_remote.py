@@ -5,9 +5,7 @@ import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from clip_train.data import remote
 from clip_train.data.index import load_index
@@ -19,28 +17,20 @@ from clip_train.data.staging import Stager
 from clip_train.errors import DataError
 from tests.conftest import make_sample, write_shard
 from tests.data.failing_server import Fault
+from tests.data.s3_server import s3_server
 
 CONTENT = os.urandom(3 << 20)
 
 
 @pytest.fixture(scope="module")
 def s3() -> Iterator:
-    """A bucket `shards` on a local S3 server, known by the environment as a user's would be."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        client = boto3.client("s3")
+    """A bucket `shards` on a local S3 server."""
+    with s3_server() as client:
         client.create_bucket(Bucket="shards")
         for number in range(3):
             client.put_object(Bucket="shards", Key=f"set/{number:05d}.tar", Body=CONTENT)
         client.put_object(Bucket="shards", Key="set/sizes.json", Body=json.dumps({"00000.tar": 11, "00001.tar": 12}))
         yield client
-    server.stop()
 
 
 @pytest.mark.parametrize(

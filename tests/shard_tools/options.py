@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from clip_train.commands.program import config_dir
 from clip_train.commands.shards import typed
+from clip_train.shard_tools.access import ShardAccess
 from clip_train.shard_tools.make import MadeShards, MakeOptions, make_shards
 from clip_train.shard_tools.pictures import Resizing
 from clip_train.shard_tools.samples import Selection
@@ -37,6 +38,11 @@ def make(source: str | Path, output: str | Path, **changes: Any) -> MadeShards:
 def select(**changes: Any) -> Selection:
     """All samples, unless the changes say otherwise."""
     return options(Selection, "verify", **changes)
+
+
+def access(**changes: Any) -> ShardAccess:
+    """Indexes beside the shards, unless the changes say otherwise."""
+    return options(ShardAccess, "verify", **changes)
 
 
 def write_table(folder: Path, count: int, bad: Iterable[int] = ()) -> Path:

@@ -11,7 +11,7 @@ from clip_train.shard_tools.bench import (
     suggest_workers,
 )
 from tests.conftest import make_sample
-from tests.shard_tools.options import options
+from tests.shard_tools.options import access, options
 
 
 def bench_options(**changes) -> BenchOptions:
@@ -21,8 +21,8 @@ def bench_options(**changes) -> BenchOptions:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_rates(make_shards, num_workers):
     shards = make_shards([20, 13])
-    batches = open_batches(shards, bench_options())
-    forget_files(shards)
+    batches = open_batches(shards, bench_options(), access())
+    forget_files(shards, access())
     rate = loading_rate(batches, num_workers, seconds=0.2)
     assert rate.samples_per_second > 0
     assert "decode" in rate.stages
@@ -30,7 +30,7 @@ def test_rates(make_shards, num_workers):
 
 
 def test_reading_counts_the_bytes_of_picture_and_caption(make_shards):
-    batches = open_batches(make_shards([8]), bench_options())
+    batches = open_batches(make_shards([8]), bench_options(), access())
     speed, sample_bytes = reading_rate(batches, seconds=0.01)
     samples = [make_sample(number) for number in range(8)]
     assert speed > 0
@@ -38,7 +38,7 @@ def test_reading_counts_the_bytes_of_picture_and_caption(make_shards):
 
 
 def test_samples_that_cannot_be_used_are_an_error(make_shards):
-    batches = open_batches(make_shards([20], lambda sample: {**sample, "png": b"junk"}), bench_options())
+    batches = open_batches(make_shards([20], lambda sample: {**sample, "png": b"junk"}), bench_options(), access())
     with pytest.raises(DataError, match=r"unusable samples in a row.*clip-shards verify"):
         loading_rate(batches, 0, seconds=0.1)
 

@@ -8,7 +8,7 @@ from clip_train.errors import DataError
 from clip_train.shard_tools.sheets import draw_histograms, draw_samples
 from clip_train.shard_tools.stats import count_tokens, distribution, measure_shards, summarize
 from tests.conftest import encode_image, write_shard
-from tests.shard_tools.options import select
+from tests.shard_tools.options import access, select
 
 
 def sample(number: int, caption: str, size: tuple[int, int] = (20, 16)) -> dict:
@@ -16,7 +16,7 @@ def sample(number: int, caption: str, size: tuple[int, int] = (20, 16)) -> dict:
 
 
 def measure(shards, num_workers: int = 1, **changes):
-    return measure_shards(shards, select(**changes), None, num_workers)
+    return measure_shards(shards, select(**changes), access(), num_workers)
 
 
 def test_numbers(tmp_path):
@@ -46,7 +46,7 @@ def test_samples_that_cannot_be_used_are_counted_apart(tmp_path):
     measured = measure([write_shard(tmp_path / "0.tar", samples)])
     summary = summarize(measured)
     assert (summary["num_measured"], summary["num_without_image"], summary["num_without_caption"]) == (3, 1, 1)
-    draw_samples(tmp_path / "samples.png", measured.indexes, select(), "title")
+    draw_samples(tmp_path / "samples.png", measured, select(), "title")
 
 
 def test_all_captions_of_a_list_count(make_shards):
@@ -96,7 +96,7 @@ def test_sheets_take_any_number_and_any_caption(tmp_path, count):
     shard = write_shard(tmp_path / "0.tar", samples)
     measured = measure([shard], caption_key="json:caption")
     assert summarize(measured)["num_captions"] == count
-    draw_samples(tmp_path / "samples.png", measured.indexes, select(caption_key="json:caption"), "title")
+    draw_samples(tmp_path / "samples.png", measured, select(caption_key="json:caption"), "title")
     draw_histograms(tmp_path / "histograms.png", measured, "title")
     for name in ("samples.png", "histograms.png"):
         with Image.open(tmp_path / name) as image:

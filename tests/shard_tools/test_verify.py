@@ -7,11 +7,11 @@ import pytest
 from clip_train.errors import DataError
 from clip_train.shard_tools.verify import verify_shards
 from tests.conftest import encode_image, make_sample, write_shard
-from tests.shard_tools.options import select
+from tests.shard_tools.options import access, select
 
 
 def verify(shards, num_workers: int = 1, **changes):
-    return verify_shards(shards, select(**changes), None, num_workers)
+    return verify_shards(shards, select(**changes), access(), num_workers)
 
 
 def without(sample: dict, extension: str) -> dict:
