@@ -17,6 +17,10 @@ class OutOfMemoryError(ClipTrainError):
     """A step does not fit into the memory of a device."""
 
 
+class DivergedError(ClipTrainError):
+    """Training has diverged, and going back did not help. Exit code 70 instead of 2."""
+
+
 class RunExistsError(ClipTrainError):
     """The run folder already holds a run and resuming was not asked for."""
 

@@ -20,9 +20,9 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clip_train.errors import ClipTrainError, OutOfMemoryError
+from clip_train.errors import ClipTrainError, DivergedError, OutOfMemoryError
 
-EXIT_DONE, EXIT_USER_ERROR, EXIT_RESUMABLE = 0, 2, 75
+EXIT_DONE, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_RESUMABLE = 0, 2, 70, 75
 
 
 def config_dir() -> str:
@@ -40,7 +40,8 @@ def run_program(name: str, config_name: str, task: Callable[[DictConfig], int]) 
         try:
             codes.append(task(cfg))
         except ClipTrainError as error:
-            _fail(name, str(error), alone=isinstance(error, OutOfMemoryError))
+            code = EXIT_DIVERGED if isinstance(error, DivergedError) else EXIT_USER_ERROR
+            _fail(name, str(error), code, alone=isinstance(error, OutOfMemoryError))
 
     sys.argv[1:] = [quote_text(argument) for argument in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing and exiting with 1
@@ -48,6 +49,8 @@ def run_program(name: str, config_name: str, task: Callable[[DictConfig], int]) 
         hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(name, _explain(error, config_name))
+    except ClipTrainError as error:  # a sweep's, before its first job
+        _fail(name, str(error))
     _exit(max(codes, default=EXIT_DONE))
 
 
@@ -67,11 +70,11 @@ def quote_text(argument: str) -> str:
     return argument
 
 
-def _fail(name: str, message: str, alone: bool = False) -> NoReturn:
+def _fail(name: str, message: str, code: int = EXIT_USER_ERROR, alone: bool = False) -> NoReturn:
     """Print the message once per node, or here if only this process may know of it, and exit."""
     if alone or int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))) == 0:
         print(f"{name}: error: {message}", file=sys.stderr, flush=True)
-    _exit(EXIT_USER_ERROR, wait=not alone)
+    _exit(code, wait=not alone)
 
 
 def _exit(code: int, wait: bool = True) -> NoReturn:

@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import CheckpointIO
 
+from clip_train.checkpoints.choice import newest_valid
 from clip_train.checkpoints.folder import read_checkpoint
 from clip_train.checkpoints.snapshot import SnapshotTaker
 from clip_train.checkpoints.writer import CheckpointWriter
@@ -92,7 +93,8 @@ class Checkpointing(Callback):
         samples_seen = pl_module.samples_seen
         self._due |= passes(samples_seen, pl_module.clock.batch_size, self.every_samples)
         self._due |= self.writer.retention.is_milestone(samples_seen) or self._wanted.total > 0
-        if self._due and not self._unfinished.total and not trainer.should_stop:
+        may_save = not self._unfinished.total and not trainer.should_stop
+        if self._due and may_save and not self.metrics.in_bad_row(trainer):
             self._save(trainer, pl_module)
 
     def after_evaluation(self, trainer: L.Trainer, pl_module: ClipModule, metrics: Mapping[str, float]) -> None:
@@ -104,15 +106,18 @@ class Checkpointing(Callback):
             return
         self.writer.wait()
         best = self.writer.retention.is_best(metrics, self.writer.metrics_of_saved())
-        if trainer.strategy.broadcast(best):
+        if not self.metrics.in_bad_row(trainer) and trainer.strategy.broadcast(best):
             self._save(trainer, pl_module, metrics)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
-        """The last save, tried a few times.
+        """The last save, tried a few times; none if the run can go on and its last step was bad (`guard.py`).
 
         Raises:
             SaveError: it could not be written.
         """
+        if self.metrics.in_bad_row(trainer) and pl_module.samples_seen < pl_module.clock.total_samples:
+            log.warning("the last step was skipped, so nothing is saved; the run goes on from the checkpoint before")
+            return
         for attempt in range(_FINAL_ATTEMPTS):
             self._save(trainer, pl_module)
             self.writer.wait()
@@ -125,6 +130,12 @@ class Checkpointing(Callback):
             f"the last checkpoint could not be written to {self.writer.folder} ({failures[0]}): make room or mend it,"
             " then run again with resume=auto"
         )
+
+    def newest(self) -> Path | None:
+        """The newest valid checkpoint, once all that was begun is written; else what the run went on from."""
+        self.writer.wait()
+        found = newest_valid(self.writer.folder)
+        return found[0] if found else self.resumed_from
 
     def _save(self, trainer: L.Trainer, pl_module: ClipModule, metrics: Mapping[str, float] | None = None) -> None:
         self.metrics.flush(trainer)

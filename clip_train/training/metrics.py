@@ -1,27 +1,24 @@
 """What a run reports: every step's metrics, read from the device every few steps."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from clip_train.training.csv_logger import CsvLogger
+from clip_train.training.guard import Guard
 from clip_train.training.loader_times import LoaderTimes
 from clip_train.training.module import ClipModule
+from clip_train.training.run_logger import RunLogger
 
 log = logging.getLogger(__name__)
 
 DataMetrics = Callable[[int], dict[str, float]]
-
-
-class NonFiniteLossError(RuntimeError):
-    """Training has diverged; every rank raises it, as the loss is the same on all."""
 
 
 def log_metrics(trainer: L.Trainer, samples_seen: int, metrics: dict[str, float], step: int | None = None) -> None:
@@ -40,16 +37,19 @@ class TrainMetrics(Callback):
     Args:
         log_every: steps between two readings.
         batch_size: pairs per step.
-        data_metrics: what else to log of the data, after so many samples seen.
+        data_metrics: what else to log of the data, at a position of the stream.
         loader_times: told what each batch cost; logged, and a hint when training waits for data.
+        guard: judges every step that is read.
 
     Attributes:
         latest: the last values read, for the progress display and the summary.
         samples_per_second: over the whole run, without saving, evaluating, and the first step (it warms caches up).
     """
 
-    def __init__(self, log_every: int, batch_size: int, data_metrics: DataMetrics, loader_times: LoaderTimes) -> None:
-        self.log_every, self.batch_size = log_every, batch_size
+    def __init__(
+        self, log_every: int, batch_size: int, data_metrics: DataMetrics, loader_times: LoaderTimes, guard: Guard
+    ) -> None:
+        self.log_every, self.batch_size, self.guard = log_every, batch_size, guard
         self.data_metrics, self.loader_times = data_metrics, loader_times
         self.latest: dict[str, float] = {}
         self._pending: list[tuple[int, int, dict[str, Tensor | float]]] = []
@@ -63,15 +63,15 @@ class TrainMetrics(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         for logger in trainer.loggers:
-            if isinstance(logger, CsvLogger):
-                logger.forget_after(pl_module.samples_seen)
+            if isinstance(logger, RunLogger):
+                logger.resume_after(trainer.global_step, pl_module.samples_seen)
         self._step_end = self._window_start = time.perf_counter()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         self._waited += time.perf_counter() - self._step_end
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ClipModule, outputs, batch, batch_idx) -> None:
-        metrics = {**pl_module.step_metrics, **self.data_metrics(pl_module.samples_seen)}
+        metrics = {**pl_module.step_metrics, **self.data_metrics(pl_module.position)}
         self.loader_times.add(batch["seconds"], len(batch["image"]))
         self._pending.append((trainer.global_step, pl_module.samples_seen, metrics))
         if len(self._pending) >= self.log_every or trainer.should_stop or not self.latest:
@@ -95,11 +95,16 @@ class TrainMetrics(Callback):
         self._window_start += elapsed
         self._first_step_end += elapsed
 
+    def in_bad_row(self, trainer: L.Trainer) -> bool:
+        """Whether the last step changed nothing, so that it is better not to save now. Raises as `flush` does."""
+        self.flush(trainer)
+        return self.guard.in_bad_row
+
     def flush(self, trainer: L.Trainer) -> None:
         """Read and log all steps so far.
 
         Raises:
-            NonFiniteLossError: one of them had no finite loss or gradient.
+            RollBack, DivergedError: too many of them in a row had no finite loss or gradient.
         """
         if not self._pending:
             return
@@ -113,21 +118,15 @@ class TrainMetrics(Callback):
             **self.loader_times.metrics(),
         }
         for (step, samples_seen, _), row in zip(self._pending, rows, strict=True):
+            self.guard.note(step, samples_seen, row)
             self.latest = {**row, **speed}
             log_metrics(trainer, samples_seen, self.latest, step)
-            _check_finite(row, step, samples_seen, skips_overflow=trainer.precision == "16-mixed")
         if warmed_up and trainer.is_global_zero and (hint := self.loader_times.hint(self._waited / elapsed)):
             log.info("%s", hint)
         self._pending = []
         self._window_start, self._waited = now, 0.0
         self.loader_times.forget()
-
-
-def _check_finite(row: dict[str, float], step: int, samples_seen: int, skips_overflow: bool) -> None:
-    """In fp16 the gradient scaler skips a step whose gradient overflows; that is no fault."""
-    for name in ("train/loss",) if skips_overflow else ("train/loss", "train/grad_norm"):
-        if not math.isfinite(row[name]):
-            raise NonFiniteLossError(f"{name} is {row[name]} at step {step} ({samples_seen} samples seen)")
+        self.guard.act(trainer, cast(ClipModule, trainer.lightning_module))
 
 
 def _read(rows: list[dict[str, Tensor | float]]) -> list[dict[str, float]]:

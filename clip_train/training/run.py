@@ -1,8 +1,10 @@
 """One training run, from config to summary."""
 
+import gc
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +20,7 @@ from torch import Tensor
 from clip_train.checkpoints.mirror import Mirror
 from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.writer import CheckpointWriter
-from clip_train.data.loader import let_workers_end
+from clip_train.data.loader import keep_workers, let_workers_end
 from clip_train.data.tokenizer import VOCAB_SIZE
 from clip_train.models import DualEncoder, create_dual_encoder
 from clip_train.sweeps.reporting import TrialReport
@@ -29,6 +31,9 @@ from clip_train.training.checkpointing import Checkpointing, FolderCheckpointIO
 from clip_train.training.config_check import check_config
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.durations import RUN_LENGTH_KEYS, Clock, passes
+from clip_train.training.guard import Guard, RollBack
+from clip_train.training.guard_report import write_report
+from clip_train.training.health import Health
 from clip_train.training.launch import World, cpus_per_process, find_world
 from clip_train.training.loader_times import LoaderTimes
 from clip_train.training.metrics import TrainMetrics
@@ -59,15 +64,25 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
         The summary: final metrics, samples seen, speed, and whether a signal ended the run early.
 
     Raises:
-        ClipTrainError: the user's input is wrong; nothing was written.
-        NonFiniteLossError: training diverged.
+        ClipTrainError: the user's input is wrong, and nothing was written; or training has diverged.
     """
+    outcome = _train(cfg, console)
+    while isinstance(outcome, RollBack):
+        gc.collect()  # the model, and what holds on to it in circles
+        outcome = _train(cfg, console, undone=outcome)
+    return outcome
+
+
+def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) -> dict[str, Any] | RollBack:
+    """The run from its checkpoint, or from that of the roll-back that led here, to its end or to the next roll-back."""
     world = find_world(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.num_nodes)
     check_config(cfg, world)
     rank_log = start_rank_log(world.rank)
     cfg.run_name = str(cfg.run_name or default_run_name(cfg.model_name))
     folder = RunFolder(Path(str(cfg.output_dir)) / cfg.run_name)
     resume = Resume.of(cfg)
+    if undone:
+        resume = replace(resume, source=str(undone.checkpoint or "auto"))
     if world.rank == 0:
         folder.check_free_or_resumed(resume.source)  # again, for all ranks, when they are joined
 
@@ -89,7 +104,8 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
 
     bad_samples = BadSamples(folder.path / "bad_samples.csv", cfg.data.max_bad_fraction)
     staging = ShardStaging(data)
-    metrics = _train_metrics(cfg, world, data, bad_samples, staging)
+    guard = _guard(cfg, folder, data, last_checkpoint=lambda: checkpointing.newest(), undone=undone)
+    metrics = _train_metrics(cfg, world, data, bad_samples, staging, guard)
     checkpointing = _checkpointing(cfg, world, folder, data, clock, checkpoint, metrics)
     trial = TrialReport(folder.path, world.rank, _cadence(cfg.eval.every, "eval.every", clock), metrics)
     agreement = RankAgreement(bad_samples, [staging.retries, trial.vote, *checkpointing.votes])
@@ -107,14 +123,13 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
     )
     search = [_micro_batch_search(cfg, model, world)] if cfg.micro_batch_size == "auto" else []
     sample_log = [SampleLog(folder.path / "samples")] if cfg.data.sample_log else []
-    callbacks: list[L.Callback] = [start, *search, bad_samples, staging, agreement, metrics]  # search first
+    callbacks: list[L.Callback] = [start, *search, guard, bad_samples, staging, agreement, metrics]  # search first
     callbacks += [*sample_log, checkpointing, ProgressDisplay(metrics, console), validation, trial]
     trainer = _trainer(cfg, world, folder, callbacks)
-    try:
-        with rank_log.noting_errors():
-            trainer.fit(module, datamodule=data, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
-    finally:
-        let_workers_end()
+    with rank_log.noting_errors():
+        rollback = _fit(trainer, module, data, checkpoint)
+    if rollback:
+        return rollback
 
     summary = {
         "run_name": cfg.run_name,
@@ -127,6 +142,7 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
         "world_size": world.size,
         "micro_batch_size": module.micro_batch_size,
         "longest_checkpoint_stall_seconds": checkpointing.longest_stall,
+        "rollbacks": guard.rollbacks,
         "metrics": {**metrics.latest, **validation.latest},
     }
     if trainer.is_global_zero:
@@ -134,14 +150,50 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
     return summary
 
 
+def _fit(
+    trainer: L.Trainer, module: ClipModule, data: ClipDataModule, checkpoint: Checkpoint | None
+) -> RollBack | None:
+    keep_workers()
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
+    except RollBack as rollback:
+        return rollback.with_traceback(None)  # which holds the model
+    finally:
+        let_workers_end()
+
+
 def _train_metrics(
-    cfg: DictConfig, world: World, data: ClipDataModule, bad_samples: BadSamples, staging: ShardStaging
+    cfg: DictConfig, world: World, data: ClipDataModule, bad_samples: BadSamples, staging: ShardStaging, guard: Guard
 ) -> TrainMetrics:
     return TrainMetrics(
         cfg.trainer.log_every,
         cfg.batch_size,
-        data_metrics=lambda samples_seen: {**bad_samples.metrics(), **staging.metrics(), **data.metrics(samples_seen)},
+        data_metrics=lambda position: {**bad_samples.metrics(), **staging.metrics(), **data.metrics(position)},
         loader_times=LoaderTimes(data.num_workers, cpus_per_process(world), cfg.data.decode),
+        guard=guard,
+    )
+
+
+def _guard(
+    cfg: DictConfig,
+    folder: RunFolder,
+    data: ClipDataModule,
+    last_checkpoint: Callable[[], Path | None],
+    undone: RollBack | None,
+) -> Guard:
+    settings = cfg.guard
+    return Guard(
+        max_bad_steps=settings.max_bad_steps,
+        max_rollbacks=settings.max_rollbacks,
+        health=Health(
+            spike_window=settings.spike.window,
+            spike_deviations=settings.spike.deviations,
+            scale_steps=settings.logit_scale.steps_at_limit,
+            least_scale=settings.logit_scale.least,
+        ),
+        last_checkpoint=last_checkpoint,
+        report=partial(write_report, folder.path / "guard_report.json", batches=data.batches, config=_plain(cfg)),
+        undone=undone,
     )
 
 
