@@ -1,0 +1,14 @@
+"""A loss that takes its time, so that a run of a tiny model lasts until something has been done to it."""
+
+import time
+from typing import Any
+
+from torch import Tensor
+
+from clip_train.losses.contrastive import contrastive_loss
+
+
+def slow_contrastive_loss(*args: Any, seconds: float, **kwargs: Any) -> Tensor:
+    """The contrastive loss, `seconds` later."""
+    time.sleep(seconds)
+    return contrastive_loss(*args, **kwargs)
