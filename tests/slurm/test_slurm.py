@@ -32,8 +32,8 @@ TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")
 def limited_job(node, tmp_path_factory) -> tuple[str, Path]:
     """A job with more to do than fits into its time limit, which runs while the others are tested."""
     folder = tmp_path_factory.mktemp("limited")
-    limits = ("--time=2", "--signal=USR1@60", "--nodelist=node1", "--ntasks-per-node=2", "--gpus-per-node=0")
-    job = sbatch(folder, *limits, str(TRAIN), *RUN, *slow(0.3), "max_steps=400")
+    limits = ("--time=3", "--signal=USR1@60", "--nodelist=node1", "--ntasks-per-node=2", "--gpus-per-node=0")
+    job = sbatch(folder, *limits, str(TRAIN), *RUN, *slow(0.3), "max_steps=600")
     return job, folder
 
 
