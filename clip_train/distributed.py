@@ -1,5 +1,6 @@
 """The process group, for code that must also run without one."""
 
+from datetime import timedelta
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -25,11 +26,14 @@ def group_rank(group: dist.ProcessGroup | None = None) -> int:
 _host_world: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
 
 
-def host_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | None:
+def host_group(group: dist.ProcessGroup | None = None, timeout: timedelta | None = None) -> dist.ProcessGroup | None:
     """The group, if it is of gloo, or a gloo group of all ranks: for what hosts must know without waiting for devices.
 
     All ranks must make the first call, as that makes the group of all. None for some of the ranks on another backend:
     a group cannot be made by those alone without confusing the names of later ones.
+
+    Args:
+        timeout: of a collective, if the group is made by this call; None is half an hour.
     """
     group = group or dist.group.WORLD
     assert group is not None
@@ -38,7 +42,7 @@ def host_group(group: dist.ProcessGroup | None = None) -> dist.ProcessGroup | No
     if group is not dist.group.WORLD:
         return None
     if group not in _host_world:
-        _host_world[group] = dist.new_group(backend="gloo")  # pyright: ignore[reportArgumentType]
+        _host_world[group] = dist.new_group(backend="gloo", timeout=timeout)  # pyright: ignore[reportArgumentType]
     return _host_world[group]
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from clip_train.data.batches import Batch
+from clip_train.processes import die_with_parent
 
 _may_end = multiprocessing.Event()
 
@@ -55,6 +56,7 @@ def keep_workers() -> None:
 
 
 def _init_worker(_: int) -> None:
+    die_with_parent()
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     for number in (signal.SIGINT, signal.SIGUSR1):

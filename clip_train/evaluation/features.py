@@ -10,6 +10,7 @@ from torch import Tensor
 from clip_train.data.eval_batches import EvalBatches, rank_slices
 from clip_train.data.loader import make_loader
 from clip_train.distributed import gather_ragged, group_rank, group_size, raise_everywhere
+from clip_train.heartbeat import beat
 from clip_train.models import DualEncoder
 
 
@@ -42,6 +43,7 @@ def encode_pairs(
     model.eval()
     with autocast:
         for batch in make_loader(batches, rank_slices(len(batches), rank, world_size, batch_size), num_workers):
+            beat()
             error = error or batch["error"]
             if not error and len(batch["image"]):
                 image, text = model(batch["image"].to(device), batch["text"].to(device))

@@ -9,6 +9,8 @@ from clip_train.errors import ConfigError
 _NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*([kMG]?)")
 _DURATION = re.compile(_NUMBER.pattern + r"\s*(samples?|steps?|epochs?|%|)")
 _PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+_TIME = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|sec|seconds?|m|min|minutes?|h|hours?|)")
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 RUN_LENGTH_KEYS = ("max_samples", "max_steps", "max_epochs")
 
 
@@ -74,6 +76,19 @@ class Clock:
             "%": self.total_samples / 100,
         }
         return round(number * per_unit[unit])
+
+
+def seconds_of(duration: str | float, setting: str) -> float:
+    """Seconds in `90 s`, `15 minutes` or `2 hours`; a bare number is seconds.
+
+    Raises:
+        ConfigError: `duration` is none of these; `setting` is the config key named in the message.
+    """
+    match = _TIME.fullmatch(str(duration).strip())
+    seconds = float(match[1]) * _SECONDS[match[2][:1]] if match else 0.0
+    if seconds <= 0:
+        raise ConfigError(f"{setting}={duration} is no time; write 90 s, 15 minutes or 2 hours")
+    return seconds
 
 
 def passes(samples_seen: int, batch_size: int, every_samples: int | None) -> bool:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from clip_train.heartbeat import beat
 from clip_train.training.guard import Guard
 from clip_train.training.loader_times import LoaderTimes
 from clip_train.training.module import ClipModule
@@ -88,8 +89,10 @@ class TrainMetrics(Callback):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Leave what happens inside, saving or evaluating, out of speed and waiting."""
+        beat()
         start = time.perf_counter()
         yield
+        beat()
         elapsed = time.perf_counter() - start
         self._step_end += elapsed
         self._window_start += elapsed

@@ -23,6 +23,7 @@ from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.data.loader import keep_workers, let_workers_end
 from clip_train.data.tokenizer import VOCAB_SIZE
 from clip_train.models import DualEncoder, create_dual_encoder
+from clip_train.processes import die_with_parent
 from clip_train.sweeps.reporting import TrialReport
 from clip_train.training.agreement import RankAgreement
 from clip_train.training.bad_samples import BadSamples
@@ -30,11 +31,11 @@ from clip_train.training.cached_gradients import refuse_batch_norm
 from clip_train.training.checkpointing import Checkpointing, FolderCheckpointIO
 from clip_train.training.config_check import check_config
 from clip_train.training.data_module import ClipDataModule
-from clip_train.training.durations import RUN_LENGTH_KEYS, Clock, passes
+from clip_train.training.durations import RUN_LENGTH_KEYS, Clock, passes, seconds_of
 from clip_train.training.guard import Guard, RollBack
 from clip_train.training.guard_report import write_report
 from clip_train.training.health import Health
-from clip_train.training.launch import World, cpus_per_process, find_world
+from clip_train.training.launch import World, cpus_per_process, find_world, started_by_lightning
 from clip_train.training.loader_times import LoaderTimes
 from clip_train.training.metrics import TrainMetrics
 from clip_train.training.micro_batch import MicroBatchSearch
@@ -49,6 +50,7 @@ from clip_train.training.shard_staging import ShardStaging
 from clip_train.training.signals import keep_handlers
 from clip_train.training.startup import announce
 from clip_train.training.validation import AfterEvaluation, Validation
+from clip_train.training.watchdog import Watchdog, group_timeout
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,8 @@ def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) ->
     """The run from its checkpoint, or from that of the roll-back that led here, to its end or to the next roll-back."""
     world = find_world(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.num_nodes)
     check_config(cfg, world)
+    if started_by_lightning():
+        die_with_parent()
     rank_log = start_rank_log(world.rank)
     cfg.run_name = str(cfg.run_name or default_run_name(cfg.model_name))
     folder = RunFolder(Path(str(cfg.output_dir)) / cfg.run_name)
@@ -123,7 +127,17 @@ def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) ->
     )
     search = [_micro_batch_search(cfg, model, world)] if cfg.micro_batch_size == "auto" else []
     sample_log = [SampleLog(folder.path / "samples")] if cfg.data.sample_log else []
-    callbacks: list[L.Callback] = [start, *search, guard, bad_samples, staging, agreement, metrics]  # search first
+    watchdog = Watchdog(folder.path / "stacks", *_timeouts(cfg))
+    callbacks: list[L.Callback] = [
+        watchdog,
+        start,
+        *search,
+        guard,
+        bad_samples,
+        staging,
+        agreement,
+        metrics,
+    ]  # search first
     callbacks += [*sample_log, checkpointing, ProgressDisplay(metrics, console), validation, trial]
     trainer = _trainer(cfg, world, folder, callbacks)
     with rank_log.noting_errors():
@@ -280,6 +294,12 @@ def _validation(
     )
 
 
+def _timeouts(cfg: DictConfig) -> tuple[float | None, float]:
+    """Seconds without a sign of life that are too many, for any step and for the first one."""
+    later, first = cfg.guard.timeout, seconds_of(cfg.guard.first_step_timeout, "guard.first_step_timeout")
+    return None if later is None else seconds_of(later, "guard.timeout"), first
+
+
 def _precision(cfg: DictConfig, world: World) -> str:
     """What to compute in: a processor without bf16 instructions takes fp32, which is some 50 times as fast there."""
     precision = str(cfg.trainer.precision)
@@ -294,7 +314,8 @@ def _trainer(cfg: DictConfig, world: World, folder: RunFolder, callbacks: list[L
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")  # advice on settings that are ours
     # No buffers are broadcast: ours are constants, and ranks may run different numbers of evaluation batches.
-    ddp = DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False)
+    timeout = group_timeout(*_timeouts(cfg))
+    ddp = DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False, timeout=timeout)
     trainer = L.Trainer(
         accelerator=world.accelerator,
         devices=world.devices,
