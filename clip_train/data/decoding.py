@@ -15,6 +15,8 @@ _REDUCTIONS = (8, 4, 2)  # by these libjpeg-turbo decodes faster than in full; b
 _EXIF_WITHIN = 1 << 16
 _LARGEST_KEPT = 1 << 25
 
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit; ours is `max_pixels`, and is looked at before anything is decoded
+
 Pixels = UInt8[np.ndarray, "height width 3"]
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -125,8 +127,6 @@ def decode_rgb(encoded: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Imag
         ImageOps.exif_transpose(image, in_place=True)
     except UnusableImage:
         raise
-    except Image.DecompressionBombError as error:
-        raise UnusableImage(str(error), "image_too_large") from error
     except Exception as error:  # a damaged file raises what its decoder happens to stumble over
         raise UnusableImage(f"unreadable image: {str(error).partition(' <_io')[0]}") from error
     if image.mode.startswith("I"):  # 16 bits per pixel

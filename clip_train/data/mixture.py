@@ -81,6 +81,11 @@ class Mixture:
         """
         return np.sort(self._rank_parts(start, batch_size, world_size)[rank])
 
+    def shards_at_once(self, world_size: int = 1) -> int:
+        """About how many shards a rank reads at a time, those of the lanes next to its own among them."""
+        own = sum(source.shards_at_once(world_size) for source in self.sources)
+        return own if world_size == 1 else min(2 * own, self._first_shard[-1])
+
     def shards_ahead(
         self, position: int, batch_size: int, ranks: Sequence[int] = (0,), world_size: int = 1
     ) -> Iterator[int]:

@@ -86,6 +86,12 @@ class SampleOrder:
         first = start + (rank + epoch_start - start) % world_size
         return np.arange(first, start + batch_size, world_size, dtype=np.int64)
 
+    def shards_at_once(self, world_size: int = 1) -> int:
+        """About how many shards a rank reads at a time: those that the windows of its lanes span."""
+        lanes = self.lanes if self.lanes % world_size else self.lanes // world_size
+        widest = min(self.window, int(self._lane_starts[1]))
+        return min(len(self.counts), lanes * (-(-widest * len(self.counts) // self.num_samples) + 1))
+
     def shards_ahead(
         self, position: int, batch_size: int, ranks: Sequence[int] = (0,), world_size: int = 1
     ) -> Iterator[int]:

@@ -1,6 +1,7 @@
 """Random access to the image-caption pairs of a list of shards."""
 
 import os
+import resource
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,9 @@ from clip_train.data.captions import CaptionSource, UnusableCaption
 from clip_train.data.index import ABSENT, ShardIndex
 from clip_train.errors import DataError
 
-_MAX_OPEN_SHARDS = 512
-_MAX_OPEN_COPIES = 256  # of remote shards: those cannot make room for others
+_OPEN_SHARDS = 256
+_OTHER_DESCRIPTORS = 512  # what a process needs besides: a batch that is sent has two, and up to 16 are on the way
+_MOST_OPEN = 30_000  # the index of each is a mapped file, and a process can map some 65,000
 _PROBED_SAMPLES = 100
 _WORTH_READING_OVER = 1 << 16  # bytes between two files of a sample that cost less than a second call
 
@@ -108,6 +110,7 @@ class PairReader:
         local = [shard for shard in self._shards if isinstance(shard, ShardIndex)]
         self.num_incomplete = sum(s.num_samples for s in local) - sum(_count(s, keys) for s in local)
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._most_open = _OPEN_SHARDS
         if local:
             self._check_caption_path(keys)
 
@@ -119,8 +122,21 @@ class PairReader:
         joined._keys = [keys for reader in readers for keys in reader._keys]
         joined.counts = [count for reader in readers for count in reader.counts]
         joined.num_incomplete = sum(reader.num_incomplete for reader in readers)
-        joined._open_shards = OrderedDict()
+        joined._open_shards, joined._most_open = OrderedDict(), _OPEN_SHARDS
         return joined
+
+    def keep_open(self, num_shards: int) -> None:
+        """Keep so many shards open, in this process and those that it starts, as far as the system allows.
+
+        Fewer than are read in turn would mean to open one for each sample. More than that would hold copies of remote
+        shards in a cache that needs the room.
+        """
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = min(num_shards, _MOST_OPEN) + _OTHER_DESCRIPTORS
+        allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < allowed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        self._most_open = max(1, min(num_shards, allowed - _OTHER_DESCRIPTORS))
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -201,8 +217,7 @@ class PairReader:
 
     def _open(self, shard: int) -> _OpenShard:
         if shard not in self._open_shards:
-            local = isinstance(self._shards[shard], ShardIndex)
-            while len(self._open_shards) >= (_MAX_OPEN_SHARDS if local else _MAX_OPEN_COPIES):
+            while len(self._open_shards) >= self._most_open:
                 os.close(self._open_shards.popitem(last=False)[1].descriptor)
             self._open_shards[shard] = _opened(self._shards[shard], self._keys[shard])
         self._open_shards.move_to_end(shard)

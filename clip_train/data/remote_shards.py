@@ -74,15 +74,13 @@ class ShardsAhead(Protocol):
 
     lanes: int
 
-    def shards_ahead(
-        self, samples_seen: int, batch_size: int, ranks: Sequence[int], world_size: int
-    ) -> Iterator[int]: ...
+    def shards_ahead(self, position: int, batch_size: int, ranks: Sequence[int], world_size: int) -> Iterator[int]: ...
 
 
 def urls_ahead(
     order: ShardsAhead,
     shard_names: Sequence[str],
-    samples_seen: int,
+    position: int,
     *,
     batch_size: int,
     ranks: Sequence[int],
@@ -90,7 +88,7 @@ def urls_ahead(
 ) -> Iterator[str]:
     """The remote shards that these ranks read next, each once, in the order of first need."""
     seen: set[int] = set()
-    upcoming = order.shards_ahead(samples_seen, batch_size, ranks, world_size)
+    upcoming = order.shards_ahead(position, batch_size, ranks, world_size)
     for number in islice(upcoming, _EPOCHS_AHEAD * (len(shard_names) + order.lanes)):
         if len(seen) == len(shard_names):
             return

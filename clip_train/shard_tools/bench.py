@@ -107,9 +107,11 @@ def open_batches(shards: Sequence[str], options: BenchOptions, access: ShardAcce
     """
     opened = open_shards(shards, access.stager, access.cache_dir)
     reader = PairReader(opened, options.image_key, options.caption_key)
+    order = SampleOrder(reader.counts, seed=0, lanes=_LANES, window=_WINDOW)
+    reader.keep_open(order.shards_at_once())
     return TrainBatches(
         reader=reader,
-        order=SampleOrder(reader.counts, seed=0, lanes=_LANES, window=_WINDOW),
+        order=order,
         augmentation=Augmentation(),
         tokenizer=ClipTokenizer(_CONTEXT_LENGTH),
         image_size=options.image_size,

@@ -90,9 +90,15 @@ def make_shards(
             PartTask(folder, number, records[first : first + _SAMPLES_PER_PART], resizing)
             for number, first in enumerate(range(0, len(records), _SAMPLES_PER_PART))
         ]
-        parts = _write_parts(tasks, options, num_workers, on_progress)
-        sizes = _cut_shards(parts, folder, options, num_workers, on_progress)
-        _write_counts(options.output, sizes)
+        try:
+            parts = _write_parts(tasks, options, num_workers, on_progress)
+            sizes = _cut_shards(parts, folder, options, num_workers, on_progress)
+            _write_counts(options.output, sizes)
+        except OSError as error:
+            remedy = "what is there is whole; mend that and give the same command again"
+            raise DataError(
+                f"output={options.output} cannot be written: {error.strerror or error}; {remedy}"
+            ) from error
     shutil.rmtree(folder, ignore_errors=True)
     return _made(options.output)
 

@@ -81,6 +81,7 @@ class ClipDataModule(L.LightningDataModule):
             with_names=data["sample_log"],
             stager=self.stager,
         )
+        self.batches.reader.keep_open(self.batches.order.shards_at_once(world.size))
         val = {**data, **{key: value for key, value in data["val"].items() if value is not None}}
         self.val_sets = {
             name: EvalBatches(

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -79,6 +81,16 @@ def test_too_large_an_image_is_refused_before_it_is_decoded(format):
         EncodedImage(encoded, max_pixels=5_000_000)
     assert error.value.kind == "image_too_large"
     assert EncodedImage(encoded, max_pixels=6_000_000).width == 3000
+
+
+def test_the_limit_may_be_above_pillows_own():
+    encoded = bytearray(encode(Image.new("L", (8, 8)), "PNG"))
+    encoded[16:24] = struct.pack(">II", 15_000, 15_000)  # width and height in the header, whose checksum follows
+    encoded[29:33] = struct.pack(">I", zlib.crc32(encoded[12:29]))
+    for max_pixels, kind in ((224_000_000, "image_too_large"), (225_000_000, "image_unreadable")):
+        with pytest.raises(UnusableImage) as error:
+            EncodedImage(bytes(encoded), max_pixels)
+        assert error.value.kind == kind
 
 
 def whole(encoded: bytes) -> np.ndarray:

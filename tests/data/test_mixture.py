@@ -142,6 +142,14 @@ def test_shards_come_before_the_batch_that_reads_them(sizes, lanes, world_size, 
             assert taken <= most
 
 
+def test_shards_at_once_are_those_of_all_sources():
+    mixed = Mixture({"a": [100] * 640, "b": [100] * 64}, {"a": 1, "b": 1}, seed=0, lanes=64, window=100)
+    assert mixed.shards_at_once() == 128 + 64  # b has a shard to a lane
+    for rank in range(4):
+        positions = np.concatenate([mixed.rank_positions(start, 64, rank, 4) for start in range(0, 6400, 64)])
+        assert len(set(mixed.locate(positions)[0].tolist())) <= mixed.shards_at_once(4) == 128
+
+
 def test_epochs_of_each_source():
     mixed = mixture()
     assert mixed.epochs(0) == [0, 0, 0]

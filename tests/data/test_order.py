@@ -1,5 +1,5 @@
 import tracemalloc
-from collections import Counter
+from collections import Counter, OrderedDict
 from itertools import islice
 
 import numpy as np
@@ -118,6 +118,29 @@ def test_shards_ahead_are_those_of_the_ranks_in_the_order_of_need():
     assert sorted(ahead) == sorted(set(read.tolist()))
     late = list(islice(order.shards_ahead(3200, 640, ranks, 16), 2))
     assert late == ahead[4:6]
+
+
+def opened(order: SampleOrder, kept: int, world_size: int) -> int:
+    """How often one rank opens a shard in an epoch, when the `kept` that it used last stay open."""
+    recent: OrderedDict[int, None] = OrderedDict()
+    times = 0
+    for start in range(0, order.num_samples, 8 * world_size):
+        for shard in order.locate(order.rank_positions(start, 8 * world_size, 0, world_size))[0].tolist():
+            times += shard not in recent
+            recent[shard] = None
+            recent.move_to_end(shard)
+            if len(recent) > kept:
+                recent.popitem(last=False)
+    return times
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(("lanes", "window"), [(8, 10), (64, 20), (64, 70), (640, 5)])
+def test_with_shards_at_once_kept_open_each_is_opened_once_for_each_lane(lanes, window, world_size):
+    order = SampleOrder([20] * 1600, seed=0, lanes=lanes, window=window)
+    kept = order.shards_at_once(world_size)
+    assert kept <= lanes // world_size * (window // 20 + 3)
+    assert opened(order, kept, world_size) <= (1600 + 2 * lanes) / world_size
 
 
 def test_memory_does_not_grow_with_the_samples():

@@ -1,3 +1,9 @@
+import os
+import resource
+from collections.abc import Sequence
+from pathlib import Path
+from unittest.mock import patch
+
 import pytest
 
 from clip_train.data.captions import CaptionKey, UnusableCaption
@@ -48,11 +54,33 @@ def test_incomplete_samples_are_left_out_and_counted(make_shards):
     assert [pairs.read(0, i).first_caption()[-1] for i in range(3)] == ["0", "2", "4"]
 
 
-def test_many_shards_do_not_exhaust_descriptors(make_shards, monkeypatch):
-    monkeypatch.setattr("clip_train.data.pairs._MAX_OPEN_SHARDS", 2)
+def open_shards(pairs: PairReader, shards: Sequence[int]) -> list[int]:
+    """Read of these shards in turn; returns which of them had to be opened."""
+    with patch("clip_train.data.pairs.os.open", wraps=os.open) as opening:
+        for shard in shards:
+            assert pairs.read(shard, 0).first_caption().endswith(str(shard))
+    return [int(Path(call.args[0]).stem) for call in opening.call_args_list]
+
+
+def test_as_many_shards_stay_open_as_are_read_in_turn(make_shards):
     pairs = reader(make_shards([1] * 5))
-    for shard in [0, 1, 2, 3, 4, 0, 2]:
-        assert pairs.read(shard, 0).first_caption().endswith(str(shard))
+    pairs.keep_open(2)
+    assert open_shards(pairs, [0, 1, 1, 0, 2, 3, 4, 0]) == [1, 2, 3, 4, 0]  # the first was opened to check its captions
+    pairs.keep_open(3)
+    assert open_shards(pairs, [0, 1, 4] * 3) == [1]
+
+
+def test_descriptors_follow_and_have_a_limit(make_shards):
+    pairs = reader(make_shards([1]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (600, hard))
+        pairs.keep_open(1000)
+        assert (pairs._most_open, resource.getrlimit(resource.RLIMIT_NOFILE)) == (1000, (1512, hard))
+        pairs.keep_open(10**9)
+        assert pairs._most_open == min(30_000, hard - 512)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_odd_first_sample_does_not_forbid_a_caption_path(make_shards):

@@ -1,5 +1,6 @@
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -237,3 +238,21 @@ def test_an_output_that_cannot_be_written(tmp_path):
     table = write_table(tmp_path, 3)
     with pytest.raises(DataError, match="cannot be written"):
         make(table, os.path.join(table, "shards"))
+
+
+@pytest.mark.parametrize("room", [10_000, 60_000])  # for not even a part, or for parts but no shard
+def test_no_room_is_one_line_and_leaves_no_half_shard(tmp_path, room):
+    table, output = write_table(tmp_path, 40), tmp_path / "shards"
+    make(table, tmp_path / "whole", num_shards=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(DataError, match=rf"output={output} cannot be written: File too large; .*") as error:
+            make(table, output, num_shards=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(error.value)
+    assert {path.name for path in output.iterdir()} == {"make.json", ".parts"}
+    assert all(path.suffix in (".tar", ".json") for path in (output / ".parts").iterdir())
+    make(table, output, num_shards=1)
+    assert (output / "00000.tar").read_bytes() == (tmp_path / "whole" / "00000.tar").read_bytes()
