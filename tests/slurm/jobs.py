@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 TRAIN, ARRAY_SWEEP = ROOT / "slurm" / "train.sbatch", ROOT / "slurm" / "array_sweep.sbatch"
 # Every GPU of the cluster is pretended, so the model runs on the processor.
 RUN = [*TINY, "experiment=demo", "data.val.shards=null", "data.num_workers=0", "data.sample_log=true"]
-RUN += ["trainer.log_every=1", "checkpoint.every=5"]
+RUN += ["trainer.log_every=1"]
 
 
 def slow(seconds: float) -> list[str]:

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("limited_job")]
 TWO_BY_TWO = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def limited_job(node, tmp_path_factory) -> tuple[str, Path]:
     """A job with more to do than fits into its time limit, which runs while the others are tested."""
     folder = tmp_path_factory.mktemp("limited")
@@ -61,7 +61,7 @@ def test_a_signal_saves_requeues_and_goes_on(tmp_path, undisturbed):
 
 
 def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint(node, tmp_path, undisturbed):
-    job = sbatch(tmp_path, *TWO_BY_TWO, str(TRAIN), *RUN, *slow(0.2), "max_steps=60")
+    job = sbatch(tmp_path, *TWO_BY_TWO, str(TRAIN), *RUN, *slow(0.2), "max_steps=60", "checkpoint.every=5")
     run = tmp_path / "runs" / f"clip-train-{job}"
     wait_for_steps(run, 8)
     node("crash", "node2")
@@ -89,18 +89,17 @@ def test_an_array_sweep(tmp_path, undisturbed):
     assert 3 <= steps_done(runs[2]) < 500
 
 
-def test_a_multirun_through_submitit(tmp_path, undisturbed):
+def test_a_multirun_through_submitit(limited_job, tmp_path, undisturbed):
     launcher = ["hydra/launcher=slurm", "hydra.launcher.ntasks_per_node=2", "hydra.launcher.cpus_per_task=1"]
     sweep = [*RUN, *slow(0.3), "optim.lr=1e-4,5e-4", "max_steps=30", f"output_dir={tmp_path}", "run_name=sweep"]
     command = [sys.executable, "-m", "clip_train.commands.train", "--multirun", *launcher, *sweep]
     process = subprocess.Popen(command, cwd=tmp_path, env=job_environment())
     wait_until(lambda: len(list(tmp_path.rglob("metrics.csv"))) == 2, "the start of two runs")
-    runs = sorted(path.parent for path in tmp_path.rglob("metrics.csv"))
-    wait_for_steps(runs[0], 3)
-    queue = subprocess.run(
-        ["squeue", "-h", "-o", "%i", "--name=clip-train"], capture_output=True, text=True, check=True
-    )
-    first = next(job for job in queue.stdout.split() if job.endswith("_0"))
+    runs = [path.parent for path in tmp_path.rglob("metrics.csv")]
+    for run in runs:
+        wait_for_steps(run, 3)
+    queue = subprocess.run(["squeue", "-h", "-r", "-o", "%i"], capture_output=True, text=True, check=True)
+    first = min(set(queue.stdout.split()) - {limited_job[0]})
     subprocess.run(["scancel", "--signal=USR1", first], check=True)
     assert process.wait(400) == 0
     assert int(job_info(first)["Restarts"]) == 1
