@@ -14,12 +14,16 @@ def make_model(seed: int = 0) -> nn.Module:
 def train_a_little(model: nn.Module) -> torch.optim.Optimizer:
     """Two steps; the same on every rank."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, optimizer)
+    return optimizer
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     for step in range(2):
         torch.manual_seed(step)
         model(torch.randn(4, 7)).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
-    return optimizer
 
 
 def state_of(model: nn.Module, optimizer: torch.optim.Optimizer, samples_seen: int = 64) -> dict[str, Any]:

@@ -4,25 +4,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from clip_train.checkpoints.folder import list_checkpoints, read_checkpoint
+from clip_train.checkpoints.restore import restore_model, restore_optimizer
 from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.snapshot import SnapshotTaker
 from clip_train.checkpoints.writer import CheckpointWriter
-from tests.checkpoints.states import assert_equal, make_model, make_state, state_of, train_a_little
+from tests.checkpoints.states import assert_equal, make_model, make_state, state_of, train, train_a_little
 from tests.ranks import run_on_ranks
 
 
-def save_sharded(folder: Path, mesh_shape: tuple[int, ...]) -> int:
+def make_sharded(mesh_shape: tuple[int, ...], seed: int = 0) -> nn.Module:
     names = ("replicate", "shard")[-len(mesh_shape) :]
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
-    model = make_model()
-    for layer in model:
+    model = make_model(seed)
+    for layer in model.children():
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def save_sharded(folder: Path, mesh_shape: tuple[int, ...]) -> int:
+    model = make_sharded(mesh_shape)
     state = state_of(model, train_a_little(model))
     assert all(isinstance(weight, DTensor) for weight in state["state_dict"].values())
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -48,3 +54,26 @@ def test_shards_are_written_by_each_rank_and_make_up_the_whole(tmp_path, mesh_sh
     assert_equal(found["callbacks"], expected["callbacks"])
     if mesh_shape == (2,):
         assert min(sizes) > max(sizes) / 3  # both ranks wrote
+
+
+def restore_and_go_on(folder: Path, mesh_shape: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
+    """The whole weights two steps after the checkpoint."""
+    model = make_sharded(mesh_shape, seed=1) if mesh_shape else make_model(seed=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    state = read_checkpoint(list_checkpoints(folder)[0])
+    restore_model(model, state["state_dict"])
+    restore_optimizer(optimizer, state["optimizer_states"][0])
+    train(model, optimizer)
+    return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("mesh_shape", [None, (2,), (3,)])
+def test_saved_on_four_ranks_and_gone_on_with_on_others(tmp_path, mesh_shape):
+    run_on_ranks(save_sharded, 4, tmp_path, (4,))
+    ranks = torch.Size(mesh_shape or (1,)).numel()
+    found = run_on_ranks(restore_and_go_on, ranks, tmp_path, mesh_shape)
+    expected = make_model()
+    train(expected, train_a_little(expected))
+    for weights in found:
+        for name, weight in expected.state_dict().items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6)

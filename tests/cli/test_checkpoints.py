@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from clip_train.checkpoints.folder import list_checkpoints, read_weights, samples_of, verify
 from clip_train.training.csv_logger import read_metrics
@@ -68,6 +69,18 @@ def test_killed_while_saving_with_the_newest_checkpoint_broken_it_ends_as_if_not
     assert not list(run.glob("checkpoints/*.tmp"))
     assert tensors(run) == tensors(whole)
     assert losses(run) == losses(whole)
+
+
+def test_export(tmp_path, whole):
+    source, output = list_checkpoints(whole / "checkpoints")[-1], tmp_path / "all.safetensors"
+    command = [sys.executable, "-m", "clip_train.commands.export"]
+    done = subprocess.run([*command, f"checkpoint={source}", f"output={output}"], capture_output=True, check=True)
+    assert b"weights to" in done.stdout
+    found = load_file(output)
+    assert all(torch.equal(found[name.removeprefix("model.")], weight) for name, weight in read_weights(source).items())
+    done = subprocess.run([*command, f"checkpoint={tmp_path}", f"output={output}"], capture_output=True, check=False)
+    assert done.returncode == 2
+    assert b"it has no manifest.json; give the folder of a checkpoint" in done.stderr
 
 
 def environment() -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""Weights in other layouts than a run's own."""

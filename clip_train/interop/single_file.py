@@ -1,0 +1,32 @@
+"""The weights of a checkpoint in one safetensors file, under the model's own names."""
+
+from pathlib import Path
+
+from safetensors.torch import save
+
+from clip_train.checkpoints.folder import InvalidCheckpointError, read_weights, verify
+from clip_train.data.files import write_atomic
+from clip_train.errors import ConfigError
+
+
+def export_single_file(checkpoint: Path, output: Path) -> int:
+    """Put the weights of a checkpoint, sharded or not, into one file.
+
+    Args:
+        checkpoint: the folder.
+        output: the file, such as `b32.safetensors`.
+
+    Returns:
+        How many weights there are.
+
+    Raises:
+        ConfigError: the checkpoint is not valid.
+    """
+    try:
+        verify(checkpoint)
+        weights = {name.removeprefix("model."): weight for name, weight in read_weights(checkpoint).items()}
+    except (InvalidCheckpointError, ValueError) as error:
+        raise ConfigError(f"checkpoint={checkpoint}: {error}; give the folder of a checkpoint") from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, save(weights))
+    return len(weights)
