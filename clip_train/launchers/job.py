@@ -80,7 +80,7 @@ def job_return(job: Job, code: int, log: Path | None = None) -> JobReturn:
     """What Hydra's sweepers want to know: the run's summary as the return value, or SystemExit(`code`) as the error."""
     overrides = OmegaConf.to_container(job.cfg.hydra.overrides.task)
     answer = JobReturn(overrides=overrides, hydra_cfg=OmegaConf.create({"hydra": job.cfg.hydra}))  # pyright: ignore[reportArgumentType]
-    answer.cfg = OmegaConf.masked_copy(job.cfg, [key for key in job.cfg if key != "hydra"])
+    answer.cfg = OmegaConf.masked_copy(job.cfg, [str(key) for key in job.cfg if key != "hydra"])
     answer.status = JobStatus.FAILED if code else JobStatus.COMPLETED
     summary = job.folder / "summary.json"
     answer.return_value = SystemExit(code) if code else json.loads(summary.read_text()) if summary.exists() else None

@@ -67,7 +67,7 @@ class SlurmJobs:
                 srun_args=["--kill-on-bad-exit=0", "--wait=300"],
             )
             return executor.map_array(run_task, arguments)
-        except (RuntimeError, ValueError, submitit.core.utils.FailedJobError) as error:
+        except (RuntimeError, ValueError) as error:
             raise ConfigError(f"hydra/launcher=slurm: {' '.join(str(error).split())}") from error
 
 
@@ -122,9 +122,9 @@ def _wait(results: Mapping[str, Path]) -> dict[str, int]:
 
 
 def _read_result(path: Path) -> int:
-    from submitit.core.utils import cloudpickle_load
+    from submitit.core.utils import pickle_load
 
-    outcome, result = cloudpickle_load(path)
+    outcome, result = pickle_load(path)
     if outcome == "success":
         return result
     print(result, file=sys.stderr)

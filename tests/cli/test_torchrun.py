@@ -26,7 +26,7 @@ def test_a_rank_that_is_killed_costs_the_steps_since_the_last_checkpoint(tmp_pat
     run = tmp_path / "torchrun" / "run"
     wait_for_rows(run / "metrics.csv", 8)
     os.kill(rank_of(nodes[1]), signal.SIGKILL)
-    outputs = [node.communicate(timeout=400)[0] for node in nodes]
+    outputs = [node.communicate(timeout=900)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], "\n".join(outputs)
 
     resumed_at = re.findall(r"resumed +at ([\d,]+) samples", outputs[0])

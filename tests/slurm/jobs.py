@@ -43,7 +43,7 @@ def job_info(job: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+)=(\S*)", shown.stdout))
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 400) -> None:
+def wait_until(condition: Callable[[], bool], what: str, seconds: float = 900) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen in {seconds} s"

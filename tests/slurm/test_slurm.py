@@ -101,7 +101,7 @@ def test_a_multirun_through_submitit(limited_job, tmp_path, undisturbed):
     queue = subprocess.run(["squeue", "-h", "-r", "-o", "%i"], capture_output=True, text=True, check=True)
     first = min(set(queue.stdout.split()) - {limited_job[0]})
     subprocess.run(["scancel", "--signal=USR1", first], check=True)
-    assert process.wait(400) == 0
+    assert process.wait(900) == 0
     assert int(job_info(first)["Restarts"]) == 1
     for run in runs:
         summary = json.loads((run / "summary.json").read_text())
