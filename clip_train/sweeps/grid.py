@@ -21,11 +21,15 @@ class GridTrials:
         fixed: the overrides with one value.
 
     Raises:
-        ConfigError: the folder holds another grid.
+        ConfigError: an interval is given, or the folder holds another grid.
     """
 
     def __init__(self, arguments: Sequence[str], run_folder: Callable[[int], Path]) -> None:
         overrides = OverridesParser.create().parse_overrides([*arguments])
+        if interval := next((override for override in overrides if override.is_interval_sweep()), None):
+            raise ConfigError(
+                f"{interval.input_line}: a grid has no intervals; list values, or add hydra/sweeper=optuna"
+            )
         swept = [override for override in overrides if override.is_sweep_override()]
         self.fixed = [override.input_line or "" for override in overrides if not override.is_sweep_override()]
         (points,) = BasicSweeper.split_arguments(swept, None)

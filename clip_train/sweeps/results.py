@@ -12,7 +12,7 @@ from hydra.core.override_parser.types import Override
 
 from clip_train.data.files import write_atomic
 from clip_train.sweeps.objective import Objective
-from clip_train.sweeps.trial import COMPLETE, Trial
+from clip_train.sweeps.trial import COMPLETE, Trial, read_samples_seen
 
 COLUMNS = ("number", "state", "metric", "samples_seen", "overrides", "run_folder")
 _RUN_LENGTHS = ("max_samples", "max_steps", "max_epochs")
@@ -32,7 +32,8 @@ def write_results(path: Path, trials: Sequence[Trial]) -> None:
 
 def _row(trial: Trial) -> dict[str, Any]:
     own = dict(override.split("=", 1) for override in trial.overrides)
-    cells = (trial.number, trial.state, trial.value, trial.samples_seen, " ".join(trial.overrides), trial.folder)
+    seen = read_samples_seen(trial.folder)
+    cells = (trial.number, trial.state, trial.value, seen, " ".join(trial.overrides), trial.folder)
     return {**dict(zip(COLUMNS, cells)), **own}
 
 

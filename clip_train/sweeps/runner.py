@@ -12,22 +12,23 @@ from typing import Any, Protocol
 
 from hydra.core.utils import JobReturn, JobStatus
 
+from clip_train.commands.program import EXIT_DIVERGED, EXIT_DONE, EXIT_RESUMABLE
 from clip_train.errors import ConfigError
 from clip_train.sweeps.objective import Objective
 from clip_train.sweeps.trial import (
     COMPLETE,
+    DIVERGED,
     FAILED,
     INTERRUPTED,
     PRUNED,
     RUNNING,
     Trial,
     TrialFile,
-    read_samples_seen,
     read_summary,
 )
 from clip_train.training.signals import stop_requested
 
-EXIT_DONE, EXIT_FAILED, EXIT_RESUMABLE = 0, 1, 75
+EXIT_FAILED = 1
 
 log = logging.getLogger(__name__)
 
@@ -137,11 +138,12 @@ class SweepRunner:
 
     def _end(self, trial: Trial, job: JobReturn) -> None:
         code = _exit_code(job)
-        if code == EXIT_RESUMABLE:
+        if code == EXIT_RESUMABLE or (code and stop_requested()):  # a scheduler may have its own code for a stop
             trial.state, self.interrupted = INTERRUPTED, True
+        elif code == EXIT_DIVERGED:
+            trial.state = DIVERGED
         elif code or not self._read_result(trial):
             trial.state = FAILED
-        trial.samples_seen = read_samples_seen(trial.folder)
         self._record(trial)
 
     def _read_result(self, trial: Trial) -> bool:
@@ -154,7 +156,6 @@ class SweepRunner:
             trial.state = PRUNED
         else:
             return False
-        trial.samples_seen = summary["samples_seen"]
         return True
 
     def _record(self, trial: Trial) -> None:

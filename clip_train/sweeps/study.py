@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from clip_train.errors import ConfigError
 from clip_train.sweeps.objective import Objective
-from clip_train.sweeps.trial import COMPLETE, FAILED, PRUNED, RUNNING, WAITING, Trial
+from clip_train.sweeps.trial import COMPLETE, DIVERGED, FAILED, PRUNED, RUNNING, WAITING, Trial
 
 _STATES = {
     TrialState.COMPLETE: COMPLETE,
@@ -49,8 +49,7 @@ class StudySettings:
 
     def report(self, number: int, step: int, value: float) -> bool:
         """Tell the study a trial's value at a step; returns whether the pruner would end the trial."""
-        study = self.open()
-        trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
+        trial = _open_trial(self.open(), number)
         trial.report(value, step)
         return trial.should_prune()
 
@@ -120,17 +119,20 @@ class StudyTrials:
         try:
             number = self.study.ask(self.space).number
         except ValueError as error:
-            raise ConfigError(
-                f"{error}: the sweep folder holds another search, choose another hydra.sweep.dir"
-            ) from error
+            reason = str(error).rstrip(".")
+            where = f"the study in {self._settings.storage} is of another search, choose another hydra.sweep.dir"
+            raise ConfigError(f"{reason}: {where}") from error
         return self._trial(self.study.trials[number])
 
     def finish(self, trial: Trial) -> None:
         """Tell the study what became of a trial that has ended."""
         if trial.state == COMPLETE:
             self.study.tell(trial.number, trial.value)
-        elif trial.state in (PRUNED, FAILED):
-            self.study.tell(trial.number, state=TrialState.PRUNED if trial.state == PRUNED else TrialState.FAIL)
+        elif trial.state == FAILED:
+            self.study.tell(trial.number, state=TrialState.FAIL)
+        elif trial.state in (PRUNED, DIVERGED):  # from a failed trial the sampler would learn nothing
+            _open_trial(self.study, trial.number).set_user_attr("ended", trial.state)
+            self.study.tell(trial.number, state=TrialState.PRUNED)
 
     def all(self) -> list[Trial]:
         """Every trial so far."""
@@ -139,7 +141,12 @@ class StudyTrials:
     def _trial(self, trial: FrozenTrial) -> Trial:
         overrides = tuple(f"{key}={'null' if value is None else value}" for key, value in trial.params.items())
         value = trial.value if trial.state == TrialState.COMPLETE else None
-        return Trial(trial.number, overrides, self._folder(trial.number), _STATES[trial.state], value)
+        state = trial.user_attrs.get("ended", _STATES[trial.state])
+        return Trial(trial.number, overrides, self._folder(trial.number), state, value)
+
+
+def _open_trial(study: optuna.Study, number: int) -> optuna.Trial:
+    return optuna.Trial(study, study.trials[number]._trial_id)
 
 
 def _open_storage(storage: str) -> BaseStorage:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from clip_train.data.files import write_atomic
@@ -18,7 +19,7 @@ from clip_train.sweeps.grid import GridTrials
 from clip_train.sweeps.objective import Objective
 from clip_train.sweeps.results import best_trial, write_best, write_results
 from clip_train.sweeps.runner import EXIT_FAILED, SweepRunner, Trials, only_sweep_in
-from clip_train.sweeps.trial import COMPLETE, FAILED
+from clip_train.sweeps.trial import COMPLETE, DIVERGED, FAILED
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ _JOBS_THROUGH_A_SCHEDULER = 4
 class Sweeper(Protocol):
     """The plug-in that Hydra made."""
 
+    hydra_context: HydraContext
     config: DictConfig
     launcher: Launcher
     settings: dict[str, Any]
@@ -51,10 +53,10 @@ def sweep_grid(sweeper: Sweeper, arguments: Sequence[str]) -> None:
         SystemExit: a trial failed, or a signal came.
     """
     sweep = _Sweep(sweeper)
+    trials = GridTrials([*sweep.params(), *arguments], sweep.run_folder)
     with only_sweep_in(sweep.folder):
-        trials = GridTrials([*sweep.params(), *arguments], sweep.run_folder)
         code = sweep.run(trials, trials.fixed, sweep.jobs_at_a_time(), study=None)
-        failed = any(trial.state == FAILED for trial in trials.all())  # all of them were asked for
+        failed = any(trial.state in (FAILED, DIVERGED) for trial in trials.all())  # all of them were asked for
         _leave(code or (EXIT_FAILED if failed else 0))
 
 
@@ -101,6 +103,7 @@ class _Sweep:
         self.settings = {key: _plain(value) for key, value in sweeper.settings.items()}
         _check_settings(self.settings)
         self.config, self.launcher = sweeper.config, sweeper.launcher
+        self.groups = sweeper.hydra_context.config_loader.list_groups("")
         self.folder = Path(self.config.hydra.sweep.dir)
         self.name = self.folder.name
         has_validation = OmegaConf.select(self.config, "data.val.shards") is not None
@@ -142,8 +145,7 @@ class _Sweep:
     def _write_results(self, trials: Trials, fixed: Sequence[str]) -> None:
         write_results(self.folder / "results.csv", trials.all())
         if best := best_trial(trials.all(), self.objective):
-            groups = [str(group) for group in self.config.hydra.runtime.choices]
-            write_best(self.folder, best, fixed, groups, self.objective)
+            write_best(self.folder, best, fixed, self.groups, self.objective)
 
     def _refuse_other_settings(self, fixed: Sequence[str]) -> None:
         """Trials of two settings do not belong into one comparison."""

@@ -11,14 +11,8 @@ from typing import IO, Any
 
 from clip_train.data.files import write_atomic
 
-WAITING, RUNNING, COMPLETE, PRUNED, FAILED, INTERRUPTED = (
-    "waiting",
-    "running",
-    "complete",
-    "pruned",
-    "failed",
-    "interrupted",
-)
+WAITING, RUNNING, COMPLETE, PRUNED = "waiting", "running", "complete", "pruned"
+DIVERGED, FAILED, INTERRUPTED = "diverged", "failed", "interrupted"
 
 
 @dataclass
@@ -31,7 +25,6 @@ class Trial:
         folder: of the run.
         state: one of the words above.
         value: of the sweep's objective, if the trial is complete.
-        samples_seen: by the run so far.
     """
 
     number: int
@@ -39,7 +32,6 @@ class Trial:
     folder: Path
     state: str = WAITING
     value: float | None = None
-    samples_seen: int | None = None
 
 
 class TrialFile:
