@@ -67,7 +67,7 @@ class Stager:
     def open(self, url: str) -> int:
         """A descriptor of `url`'s copy, which is not evicted until the descriptor is closed. Raises as `stage` does."""
         while True:
-            self.stage(url)
+            self.stage(url, cancelled=_beating)
             if (descriptor := self.cache.acquire(url)) is not None:
                 return descriptor
 
@@ -126,3 +126,9 @@ class Stager:
         if size > self.cache.max_bytes:
             limit = f"data.cache_size={readable_bytes(self.cache.max_bytes)}"
             raise CacheError(f"shard {url} takes {readable_bytes(size)} or more, over the limit {limit}: raise that")
+
+
+def _beating() -> bool:
+    """Cancels nothing, but says that the process that waits for the shard goes on."""
+    beat()
+    return False

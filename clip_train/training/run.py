@@ -128,16 +128,8 @@ def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) ->
     search = [_micro_batch_search(cfg, model, world)] if cfg.micro_batch_size == "auto" else []
     sample_log = [SampleLog(folder.path / "samples")] if cfg.data.sample_log else []
     watchdog = Watchdog(folder.path / "stacks", *_timeouts(cfg))
-    callbacks: list[L.Callback] = [
-        watchdog,
-        start,
-        *search,
-        guard,
-        bad_samples,
-        staging,
-        agreement,
-        metrics,
-    ]  # search first
+    # The search comes before anything is timed.
+    callbacks: list[L.Callback] = [watchdog, start, *search, guard, bad_samples, staging, agreement, metrics]
     callbacks += [*sample_log, checkpointing, ProgressDisplay(metrics, console), validation, trial]
     trainer = _trainer(cfg, world, folder, callbacks)
     with rank_log.noting_errors():

@@ -1,4 +1,4 @@
-"""Ends a process in which nothing is finished any more, and says where it hangs: no rank waits for ever for a dead one."""
+"""Ends a process in which nothing is finished any more, and says where it hangs: no rank waits long for a dead one."""
 
 import faulthandler
 import os
@@ -29,8 +29,8 @@ _GROUP_MARGIN = timedelta(minutes=10)
 class Watchdog(Callback):
     """Watches this process from a thread of its own, which runs while the main thread waits in a collective.
 
-    When it fires, it writes the stacks of all threads, and exits at once with code 76. The other ranks' watchdogs do the
-    same at about the same time, as none of them can finish a step alone. It stands first among the callbacks.
+    When it fires, it writes the stacks of all threads, and the process exits at once with code 76. The other ranks'
+    watchdogs do the same at about the same time, as no rank can finish a step alone. It stands first among callbacks.
 
     Args:
         folder: where `rank_<number>.txt` goes.
@@ -102,7 +102,7 @@ class Watchdog(Callback):
 
 
 def group_timeout(timeout: float | None, first_timeout: float) -> timedelta:
-    """How long a collective may take: longer than the watchdog waits, which says more than an expired collective does."""
+    """How long a collective may take: longer than the watchdog waits, as that says more than an expired collective."""
     return timedelta(seconds=max(timeout or 0, first_timeout)) + _GROUP_MARGIN
 
 

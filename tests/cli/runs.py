@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from clip_train.training.csv_logger import read_metrics
@@ -40,3 +41,15 @@ def train_tiny(
     assert done.returncode == 0, done.stdout + done.stderr
     _, rows = read_metrics(output_dir / run_name / "metrics.csv")
     return [row for row in rows if row["train/loss"]]
+
+
+def group_is_gone(process_group: int, seconds: float = 30) -> bool:
+    """Whether nothing is left of a process group; what is ending gets some time for it."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            os.killpg(process_group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False

@@ -15,23 +15,31 @@ from clip_train.losses import contrastive_loss
 _calls = itertools.count(1)
 
 
-def _is_due(calls: list[int], rank: int | None) -> bool:
-    return next(_calls) in calls and rank in (None, group_rank())
-
-
 def nan_at_calls(
-    image: Tensor, text: Tensor, logit_scale: Tensor, *, calls: list[int], rank: int | None = None, **settings
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    *,
+    calls: list[int],
+    rank: int | None = None,
+    stuck_at: int | None = None,
+    **settings,
 ) -> Tensor:
-    """NaN, with finite gradients, at these calls; on one rank only, if it is given."""
+    """NaN, with finite gradients, at these calls, and no return from another; on one rank only, if it is given."""
     loss = contrastive_loss(image, text, logit_scale, **settings)
-    return loss + float("nan") if _is_due(calls, rank) else loss
+    call = next(_calls)
+    if rank not in (None, group_rank()):
+        return loss
+    if call == stuck_at:
+        time.sleep(10_000)
+    return loss + float("nan") if call in calls else loss
 
 
 def nan_gradient_at_calls(
     image: Tensor, text: Tensor, logit_scale: Tensor, *, calls: list[int], rank: int | None = None, **settings
 ) -> Tensor:
     """A finite loss with a gradient that is NaN in one number, at these calls; on one rank only, if it is given."""
-    if _is_due(calls, rank):
+    if next(_calls) in calls and rank in (None, group_rank()):
         image.register_hook(_with_a_nan)
     return contrastive_loss(image, text, logit_scale, **settings)
 
@@ -40,12 +48,3 @@ def _with_a_nan(grad: Tensor) -> Tensor:
     first = torch.zeros_like(grad)
     first[0, 0] = float("nan")
     return grad + first
-
-
-def stuck_at_call(
-    image: Tensor, text: Tensor, logit_scale: Tensor, *, call: int, rank: int | None = None, **settings
-) -> Tensor:
-    """Does not return from this call."""
-    if _is_due([call], rank):
-        time.sleep(10_000)
-    return contrastive_loss(image, text, logit_scale, **settings)
