@@ -139,13 +139,26 @@ def decode_rgb(encoded: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Imag
 
 def _plain_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
     """Width and height of a JPEG that libjpeg-turbo decodes to RGB and that stands upright; None for all others."""
-    if not encoded.startswith(b"\xff\xd8") or (encoded.find(b"Exif\0", 0, _EXIF_WITHIN) >= 0 and _is_turned(encoded)):
+    if not encoded.startswith(b"\xff\xd8") or (_has_exif(encoded) and _is_turned(encoded)):
         return None
     try:
         height, width, colorspace, _ = simplejpeg.decode_jpeg_header(encoded)
     except ValueError:
         return None
     return (int(width), int(height)) if colorspace in ("YCbCr", "Gray", "RGB") else None
+
+
+def _has_exif(encoded: bytes) -> bool:
+    """Whether a JPEG may have an Exif segment. To go from segment to segment is quicker than to search."""
+    place = 2
+    while encoded[place : place + 1] == b"\xff":
+        marker = encoded[place + 1 : place + 2]
+        if marker == b"\xda":  # the picture begins
+            return False
+        if marker == b"\xe1" and encoded.startswith(b"Exif\0", place + 4):
+            return True
+        place += 2 + int.from_bytes(encoded[place + 2 : place + 4], "big")
+    return encoded.find(b"Exif\0", 0, _EXIF_WITHIN) >= 0  # not as it should be: search
 
 
 def _is_turned(encoded: bytes) -> bool:

@@ -111,6 +111,7 @@ class PairReader:
         self.num_incomplete = sum(s.num_samples for s in local) - sum(_count(s, keys) for s in local)
         self._open_shards: OrderedDict[int, _OpenShard] = OrderedDict()
         self._most_open = _OPEN_SHARDS
+        self._needed: dict[tuple[int, int], dict[str, tuple[int, int]]] = {}
         if local:
             self._check_caption_path(keys)
 
@@ -122,7 +123,7 @@ class PairReader:
         joined._keys = [keys for reader in readers for keys in reader._keys]
         joined.counts = [count for reader in readers for count in reader.counts]
         joined.num_incomplete = sum(reader.num_incomplete for reader in readers)
-        joined._open_shards, joined._most_open = OrderedDict(), _OPEN_SHARDS
+        joined._open_shards, joined._most_open, joined._needed = OrderedDict(), _OPEN_SHARDS, {}
         return joined
 
     def keep_open(self, num_shards: int) -> None:
@@ -149,19 +150,22 @@ class PairReader:
             DataError: the shard cannot be read any more.
         """
         keys = self._keys[shard]
-        extents = self._extents(shard, sample)
+        extents = self._needed.pop((shard, sample), None) or self._extents(shard, sample)
         contents = self._contents(shard, extents)
         image = next(extension for extension in keys.images if extension in contents)
         return Pair(contents.pop(image), contents, keys.captions)
 
     def will_need(self, samples: Iterable[tuple[int, int]]) -> None:
         """Tell the system that these (shard, sample) will be read next, so that it fetches them meanwhile."""
+        self._needed.clear()
         for shard, sample in samples:
             try:
-                for offset, size in self._extents(shard, sample).values():
-                    os.posix_fadvise(self._open(shard).descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+                extents = self._extents(shard, sample)
             except UnusableSample:
                 continue  # reading it will say so
+            self._needed[shard, sample] = extents
+            for offset, size in extents.values():
+                os.posix_fadvise(self._open(shard).descriptor, offset, size, os.POSIX_FADV_WILLNEED)
 
     def name(self, shard: int, sample: int) -> str:
         """Shard and number in it: `00000.tar[17]`, with the shard's whole path."""

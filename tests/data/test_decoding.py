@@ -96,3 +96,14 @@ def test_the_limit_may_be_above_pillows_own():
 def whole(encoded: bytes) -> np.ndarray:
     image = EncodedImage(encoded)
     return image.decode((0, 0, image.width, image.height))
+
+
+def test_exif_is_found_behind_other_segments_and_filling():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    encoded = encode(photographs()[0].resize((64, 40)), "JPEG", exif=exif)
+    long_note = b"\xff\xfe\xff\xff" + bytes(65533)
+    comment = b"\xff\xfe" + struct.pack(">H", 2 + 6) + b"\xff\xda\0\0\0\0"  # looks as if the picture began
+    for inserted in (b"", comment, b"\xff" * 3, long_note):
+        image = EncodedImage(encoded[:2] + inserted + encoded[2:])
+        assert (image.width, image.height) == (40, 64)
