@@ -1,0 +1,60 @@
+"""One number that is not finite, in one rank's part of the gradient, makes the step do nothing on all ranks."""
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from clip_train.distributed import group_rank
+from clip_train.training.bad_step import clip_or_skip, telling_seed
+from tests.ranks import pool_group
+
+
+def three_steps(sharding: str, what: str) -> tuple[list[bool], list[float]]:
+    """Of three steps, the second bad on one rank: whether each changed anything here, and the norms."""
+    torch.manual_seed(0)
+    group = pool_group(2)
+    model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+    if sharding == "fsdp":
+        trained = fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+    else:
+        trained = DistributedDataParallel(model, process_group=group)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    changed, norms = [], []
+    for step in range(3):
+        bad = step == 1 and group_rank(group) == 1
+        features = trained(torch.randn(4, 6))
+        if bad and what == "gradient":
+            features.register_hook(_with_infinity)
+        loss = features.square().mean() + (float("nan") if bad and what == "loss" else 0)
+        loss.backward(gradient=telling_seed(loss))
+        before = _state(model, optimizer)
+        norms.append(clip_or_skip(optimizer, model.parameters(), 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+        changed.append(any(not torch.equal(old, new) for old, new in zip(before, _state(model, optimizer))))
+    return changed, norms
+
+
+def _with_infinity(grad: torch.Tensor) -> torch.Tensor:
+    grad = grad.clone()
+    grad[0, 0] = float("inf")
+    return grad
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    moments = [value for state in optimizer.state.values() for value in state.values()]
+    tensors = [*model.parameters(), *moments]
+    return [(t.to_local() if isinstance(t, DTensor) else t).detach().clone() for t in tensors]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_a_bad_step_on_one_rank_changes_none(pool, sharding, what):
+    (changed, norms), (other_changed, other_norms) = pool.run(three_steps, sharding, what, ranks=2)
+    assert changed == other_changed == [True, False, True]
+    assert norms[::2] == other_norms[::2]
+    assert not torch.tensor([norms[1], other_norms[1]]).isfinite().any()
