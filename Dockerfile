@@ -4,17 +4,20 @@
 ARG BASE_IMAGE=python:3.13-slim-trixie
 
 
-FROM ${BASE_IMAGE} AS dependencies
+FROM ${BASE_IMAGE} AS uv
 ARG UV_VERSION=0.13.9
+ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 UV_PYTHON_DOWNLOADS=never
 # Secrets are optional and kept nowhere: env is sourced (another package index, a proxy), ca is for certificates it names.
 RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=env --mount=type=secret,id=ca \
     set -eu; [ ! -f /run/secrets/env ] || . /run/secrets/env; \
     python3 -m venv /opt/uv; /opt/uv/bin/pip install uv==${UV_VERSION}
+WORKDIR /src
 
+
+# The lock file as a list with hashes: only when the list changes are the dependencies installed again.
+FROM uv AS requirements
 ARG DEVICE=cuda
 ARG EXTRAS="remote parquet tensorboard sweep"
-ENV UV_PROJECT_ENVIRONMENT=/opt/venv UV_LINK_MODE=copy
-WORKDIR /src
 COPY pyproject.toml uv.lock ./
 # Torch of the lock file cannot be imported without most of CUDA; on a processor it does without these two.
 RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=env --mount=type=secret,id=ca \
@@ -22,14 +25,23 @@ RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=env --mount=ty
     for extra in ${EXTRAS}; do set -- "$@" --extra "$extra"; done; \
     case "${DEVICE}" in \
         cuda) ;; \
-        cpu) set -- "$@" --no-install-package triton --no-install-package nvidia-cusolver ;; \
+        cpu) set -- "$@" --no-emit-package triton --no-emit-package nvidia-cusolver ;; \
         *) echo "DEVICE=${DEVICE}: there are cuda and cpu" >&2; exit 1 ;; \
     esac; \
-    /opt/uv/bin/uv sync --locked --no-dev --no-install-project "$@"
+    /opt/uv/bin/uv export --quiet --locked --no-dev --no-emit-project --no-header -o /opt/requirements.txt "$@"; \
+    touch --date=@0 /opt/requirements.txt
 
 
-FROM dependencies AS project
-COPY README.md LICENSE ./
+FROM uv AS dependencies
+COPY --from=requirements /opt/requirements.txt /opt/requirements.txt
+RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=env --mount=type=secret,id=ca \
+    set -eu; [ ! -f /run/secrets/env ] || . /run/secrets/env; \
+    /opt/uv/bin/uv venv /opt/venv; \
+    /opt/uv/bin/uv pip sync --python /opt/venv --require-hashes /opt/requirements.txt
+
+
+FROM uv AS project
+COPY pyproject.toml README.md LICENSE ./
 COPY clip_train clip_train
 COPY hydra_plugins hydra_plugins
 COPY configs configs

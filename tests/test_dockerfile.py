@@ -5,8 +5,6 @@ import shlex
 import tomllib
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text().replace("\\\n", " ")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -40,7 +38,7 @@ def test_all_that_the_wheel_is_made_of_is_copied():
 def test_what_it_names_is_in_the_project():
     assert set(default("EXTRAS").split()) <= PROJECT["project"]["optional-dependencies"].keys()
     locked = {package["name"] for package in tomllib.loads((ROOT / "uv.lock").read_text())["package"]}
-    left_out = re.findall(r"--no-install-package (\S+)", DOCKERFILE)
+    left_out = re.findall(r"--no-emit-package (\S+)", DOCKERFILE)
     assert left_out
     assert set(left_out) <= locked
     command = re.search(r'ENTRYPOINT \[.*"([^"]+)"\]', DOCKERFILE)
@@ -48,6 +46,9 @@ def test_what_it_names_is_in_the_project():
     assert command[1] in PROJECT["project"]["scripts"]
 
 
-@pytest.mark.parametrize("sync", re.findall(r"uv sync .*", DOCKERFILE))
-def test_dependencies_come_from_the_lock_file_without_those_for_development(sync):
-    assert {"--locked", "--no-dev"} <= set(sync.split())
+def test_dependencies_come_from_the_lock_file_with_hashes_and_without_those_for_development():
+    export, sync = (re.search(rf"uv {command} .*", DOCKERFILE) for command in ("export", "pip sync"))
+    assert export
+    assert {"--locked", "--no-dev"} <= set(export[0].split())
+    assert sync
+    assert "--require-hashes" in sync[0].split()
