@@ -37,6 +37,10 @@ class Retention:
         newest = max(others, default=0) + 1
         return newest in self._best({**others, newest: metrics})
 
+    def is_top(self, samples_seen: int, checkpoints: Mapping[int, Mapping[str, float]]) -> bool:
+        """Whether this one is the best of all."""
+        return self._best(checkpoints)[-1:] == [samples_seen]
+
     def _best(self, checkpoints: Mapping[int, Mapping[str, float]]) -> list[int]:
         if self.metric is None:
             return []

@@ -90,6 +90,10 @@ class CheckpointWriter:
         if self._last is not None:
             self._last.result()
 
+    def is_best(self, path: Path) -> bool:
+        """Whether this complete checkpoint is the best of those that are there."""
+        return self.retention.is_top(samples_of(path), self.metrics_of_saved())
+
     def remove_from(self, samples_seen: int, but: Path | None) -> None:
         """Remove what a run that stands at `samples_seen` will write anew, and what was left unfinished.
 

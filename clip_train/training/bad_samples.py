@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from clip_train.data.batches import BadSample
 from clip_train.errors import DataError
 from clip_train.training.module import ClipModule
-from clip_train.training.rows import append_rows, drop_rows_after
+from clip_train.training.rows import RowsFile, drop_rows_after
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class BadSamples(Callback):
 
     def __init__(self, path: Path, max_fraction: float) -> None:
         self.path, self.max_fraction = path, max_fraction
+        self._file = RowsFile(path, ["samples_seen", *BadSample._fields])
         self.by_kind: Counter[str] = Counter()
         self._first: list[str] = []
 
@@ -50,7 +51,7 @@ class BadSamples(Callback):
         self.by_kind.update(sample.kind for sample in found)
         self._first = (self._first + [f"{sample.key} in {sample.shard}" for sample in found])[:_NAMED]
         if write:
-            append_rows(self.path, ["samples_seen", *BadSample._fields], [[samples_seen, *sample] for sample in found])
+            self._file.append([samples_seen, *sample] for sample in found)
             for sample in found[: max(_LOGGED - logged, 0)]:
                 log.warning("bad sample %s in %s: %s (%s)", sample.key, sample.shard, sample.kind, sample.reason)
             if logged < _LOGGED <= self.by_kind.total():

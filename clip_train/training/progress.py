@@ -1,7 +1,7 @@
-"""The progress display: a bar in a terminal, a line now and then elsewhere."""
+"""The progress display: a bar in a terminal, a line every `trainer.log_every` steps elsewhere."""
 
 import logging
-import time
+from datetime import timedelta
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -13,16 +13,14 @@ from clip_train.training.module import ClipModule
 
 log = logging.getLogger(__name__)
 
-_SECONDS_BETWEEN_LINES = 10
-
 
 class ProgressDisplay(Callback):
-    """Shows step, loss, samples/s, share of time waiting for data, and the time left."""
+    """Shows step, samples, loss, learning rate, samples/s, share of time waiting for data, and the time left."""
 
     def __init__(self, metrics: TrainMetrics, console: Console) -> None:
         self.metrics, self.console = metrics, console
         self._bar: Progress | None = None
-        self._last_line = 0.0
+        self._shown: dict[str, float] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         if trainer.is_global_zero and self.console.is_terminal:
@@ -33,13 +31,11 @@ class ProgressDisplay(Callback):
             self._bar.start()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ClipModule, outputs, batch, batch_idx) -> None:
-        now = time.monotonic()
         if self._bar:
             self._bar.update(self._bar.task_ids[0], completed=pl_module.samples_seen, status=self._status(trainer))
-        elif trainer.is_global_zero and now - self._last_line >= _SECONDS_BETWEEN_LINES:
-            share = pl_module.samples_seen / pl_module.clock.total_samples
-            log.info("%.0f%%  %s", 100 * share, self._status(trainer))
-            self._last_line = now
+        elif trainer.is_global_zero and self.metrics.latest is not self._shown:  # read again in this step
+            self._shown = self.metrics.latest
+            log.info("%s", self._line(trainer, pl_module))
 
     def on_train_end(self, trainer, pl_module) -> None:
         self._stop()
@@ -52,11 +48,17 @@ class ProgressDisplay(Callback):
             self._bar.stop()
             self._bar = None
 
+    def _line(self, trainer: L.Trainer, pl_module: ClipModule) -> str:
+        seen, total = pl_module.samples_seen, pl_module.clock.total_samples
+        speed = self.metrics.samples_per_second
+        left = f"  ETA {timedelta(seconds=round((total - seen) / speed))}" if speed else ""
+        return f"{seen / total:.0%}  {seen:,}/{total:,} samples  {self._status(trainer)}{left}"
+
     def _status(self, trainer: L.Trainer) -> str:
         if not (latest := self.metrics.latest):
             return ""
         return (
-            f"step {trainer.global_step}  loss {latest['train/loss']:.3f}"
+            f"step {trainer.global_step}  loss {latest['train/loss']:.3f}  lr {latest['train/lr']:.2e}"
             f"  {latest['train/samples_per_second']:,.0f} samples/s"
             f"  data wait {latest['train/data_wait_fraction']:.0%}"
         )

@@ -12,6 +12,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -44,6 +45,7 @@ from clip_train.training.progress import ProgressDisplay
 from clip_train.training.rank_log import start_rank_log
 from clip_train.training.resume import Checkpoint, Resume, check_resumable, find_checkpoint, load_initial_weights
 from clip_train.training.run_folder import RunFolder, default_run_name, environment
+from clip_train.training.run_logger import RunLogger
 from clip_train.training.run_start import RunStart
 from clip_train.training.sample_log import SampleLog
 from clip_train.training.shard_staging import ShardStaging
@@ -131,7 +133,9 @@ def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) ->
     # The search comes before anything is timed.
     callbacks: list[L.Callback] = [watchdog, start, *search, guard, bad_samples, staging, agreement, metrics]
     callbacks += [*sample_log, checkpointing, ProgressDisplay(metrics, console), validation, trial]
-    trainer = _trainer(cfg, world, folder, callbacks)
+    loggers = [instantiate(logger, save_dir=str(folder.path)) for logger in (cfg.logger or {}).values()]
+    checkpointing.writer.on_saved = [partial(_tell_loggers, loggers, checkpointing.writer)]
+    trainer = _trainer(cfg, world, folder, callbacks, loggers)
     with rank_log.noting_errors():
         rollback = _fit(trainer, module, data, checkpoint)
     if rollback:
@@ -301,7 +305,15 @@ def _precision(cfg: DictConfig, world: World) -> str:
     return precision
 
 
-def _trainer(cfg: DictConfig, world: World, folder: RunFolder, callbacks: list[L.Callback]) -> L.Trainer:
+def _tell_loggers(loggers: list[Logger], writer: CheckpointWriter, checkpoint: Path) -> None:
+    for logger in loggers:
+        if isinstance(logger, RunLogger):
+            logger.checkpoint_saved(checkpoint, writer.is_best(checkpoint))
+
+
+def _trainer(
+    cfg: DictConfig, world: World, folder: RunFolder, callbacks: list[L.Callback], loggers: list[Logger]
+) -> L.Trainer:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")  # advice on settings that are ours
@@ -316,7 +328,7 @@ def _trainer(cfg: DictConfig, world: World, folder: RunFolder, callbacks: list[L
         precision=cast(Any, _precision(cfg, world)),
         plugins=[world.environment, FolderCheckpointIO()],
         callbacks=callbacks,
-        logger=[instantiate(logger, save_dir=str(folder.path)) for logger in (cfg.logger or {}).values()],
+        logger=loggers,
         max_epochs=-1,  # the module ends the run when `samples_seen` reaches its length
         use_distributed_sampler=False,
         enable_checkpointing=False,

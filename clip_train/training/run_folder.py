@@ -4,8 +4,10 @@ import json
 import logging
 import os
 import platform
+import subprocess
 import sys
 from datetime import datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,6 +22,8 @@ defaults:
   - _self_
   - override hydra/job_logging: none
   - override hydra/hydra_logging: none
+  - override hydra/launcher: local
+  - override hydra/sweeper: grid
 hydra:
   run:
     dir: .
@@ -27,7 +31,10 @@ hydra:
     dir: ${output_dir}/sweep_${now:%Y-%m-%d_%H-%M-%S}
   output_subdir: null
 """
-_LIBRARIES = ("clip_train", "torch", "lightning", "timm", "transformers", "webdataset", "hydra-core")
+WANDB_RUN_ID = "wandb_run_id"
+_LIBRARIES = ("clip_train", "torch", "lightning", "timm", "transformers", "webdataset", "hydra-core", "wandb")
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -37,8 +44,18 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.yaml"
         self.summary = self.path / "summary.json"
-        self.log = self.path / "train.log"
+        self.logs = self.path / "logs"
         self.checkpoints = self.path / "checkpoints"
+
+    def log_of_rank(self, rank: int) -> Path:
+        """Where a process logs to; the first one's is in plain sight."""
+        return self.logs / f"rank_{rank:05d}.log" if rank else self.path / "train.log"
+
+    @property
+    def wandb_run_id(self) -> str | None:
+        """The id of this run at W&B, if it is logged there."""
+        path = self.path / WANDB_RUN_ID
+        return path.read_text().strip() if path.exists() else None
 
     def check_free_or_resumed(self, resume: str) -> None:
         """Raises RunExistsError if the folder holds a run and `resume` does not say to go on with it."""
@@ -47,22 +64,8 @@ class RunFolder:
                 f"{self.path} already holds a run: add resume=auto to go on with it, or choose another run_name"
             )
 
-    def checkpoint_to_resume(self, resume: str) -> Path | None:
-        """The checkpoint that `resume` (`auto`, `never` or a path) means; None for a fresh start.
-
-        Raises:
-            ConfigError: the path does not exist.
-        """
-        if resume == "never":
-            return None
-        if resume == "auto":
-            return max(self.checkpoints.glob("*.ckpt"), default=None)  # names sort by samples seen
-        if not Path(resume).is_file():
-            raise ConfigError(f"resume={resume}: no such checkpoint; give a file, auto or never")
-        return Path(resume)
-
     def create(self, config: str) -> None:
-        """Make the folder, keep the config in it, and copy the log of this process to `train.log`.
+        """Make the folder and keep the config in it.
 
         Raises:
             ConfigError: the folder cannot be written to.
@@ -70,22 +73,20 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomic(self.config, (_CONFIG_HEADER + config).encode())
-            handler = logging.FileHandler(self.log)
         except OSError as error:
             raise ConfigError(f"cannot write to {self.path}: {error.strerror}; choose another output_dir") from error
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger = logging.getLogger("clip_train")
-        for old in [handler for handler in logger.handlers if isinstance(handler, logging.FileHandler)]:
-            logger.removeHandler(old)  # of the sweep's previous run
-        logger.addHandler(handler)
 
     def read_summary(self) -> dict:
         """The outcome of a finished run."""
         return json.loads(self.summary.read_text())
 
     def write_summary(self, summary: dict) -> None:
-        """Keep the run's outcome and the environment it had."""
-        write_atomic(self.summary, (json.dumps({**summary, "environment": environment()}, indent=2) + "\n").encode())
+        """Keep the run's outcome and the environment it had; a full disk does not undo the run."""
+        text = json.dumps({**summary, "environment": environment()}, indent=2) + "\n"
+        try:
+            write_atomic(self.summary, text.encode())
+        except OSError as error:
+            log.error("CANNOT WRITE %s: %s; it would say: %s", self.summary, error.strerror, text)
 
 
 def default_run_name(model_name: str) -> str:
@@ -93,13 +94,35 @@ def default_run_name(model_name: str) -> str:
     return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{model_name}"
 
 
-def environment() -> dict[str, str | int]:
-    """Versions and machine, for the record."""
+def environment() -> dict[str, str | int | bool]:
+    """Versions, code and machine, for the record."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "python": sys.version.split()[0],
         **{library: version(library) for library in _LIBRARIES},
+        **_git_state(Path(__file__).parent),
         "host": platform.node(),
         "device": device,
         "cpus": os.cpu_count() or 1,
     }
+
+
+@cache
+def _git_state(code: Path) -> dict[str, str | bool]:
+    """The commit that the code is of and whether it was changed since; nothing if it is not in a checkout."""
+    tracked = _git(code, "ls-files", "--error-unmatch", Path(__file__).name)  # not just inside somebody's checkout
+    commit = _git(code, "rev-parse", "HEAD") if tracked else None
+    if not commit:
+        return {}
+    changes = _git(code, "status", "--porcelain", "--untracked-files=no", "--", ":/")
+    return {"git_commit": commit, "git_dirty": changes != ""}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

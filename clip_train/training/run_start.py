@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from clip_train.distributed import gather_objects, raise_everywhere
 from clip_train.errors import ClipTrainError
 from clip_train.training.module import ClipModule
+from clip_train.training.rank_log import RankLog
 from clip_train.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -20,6 +21,7 @@ class RunStart(Callback):
 
     Args:
         folder: where the run will live.
+        rank_log: this process's, which goes there.
         config: the resolved config, kept in the folder and by the loggers.
         config_text: the same, as the file to keep.
         resume: `never`, `auto` or a path.
@@ -31,6 +33,7 @@ class RunStart(Callback):
     def __init__(
         self,
         folder: RunFolder,
+        rank_log: RankLog,
         *,
         config: dict,
         config_text: str,
@@ -39,7 +42,7 @@ class RunStart(Callback):
         data_fingerprint: str,
         announce: Callable[[], None],
     ) -> None:
-        self.folder, self.config, self.config_text = folder, config, config_text
+        self.folder, self.rank_log, self.config, self.config_text = folder, rank_log, config, config_text
         self.resume, self.checkpoint, self.announce = resume, checkpoint, announce
         self.data_fingerprint = data_fingerprint
 
@@ -58,6 +61,7 @@ class RunStart(Callback):
         if len(set(fingerprints)) > 1:
             error = "the ranks see different shards, or different numbers of samples in them: compare the nodes' files"
         raise_everywhere(error)
+        self.rank_log.open(self.folder.log_of_rank(trainer.global_rank))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         for logger in trainer.loggers:

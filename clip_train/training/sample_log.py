@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 
 from clip_train.data.batches import Batch
 from clip_train.training.module import ClipModule
-from clip_train.training.rows import append_rows, drop_rows_after, read_rows
+from clip_train.training.rows import RowsFile, drop_rows_after, read_rows
 
 _COLUMNS = ("samples_seen", "sample")
 
@@ -21,16 +21,18 @@ class SampleLog(Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._file: RowsFile | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         if trainer.is_global_zero:
             for path in self.folder.glob("*.csv"):  # of an earlier part of the run, on whatever ranks
                 drop_rows_after(path, pl_module.samples_seen)
+        self._file = RowsFile(self.folder / f"rank_{trainer.global_rank:05d}.csv", _COLUMNS)
         trainer.strategy.barrier()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ClipModule, outputs, batch: Batch, batch_idx) -> None:
-        rows = [(pl_module.samples_seen, name) for name in batch["names"]]
-        append_rows(self.folder / f"rank_{trainer.global_rank:05d}.csv", _COLUMNS, rows)
+        assert self._file is not None
+        self._file.append((pl_module.samples_seen, name) for name in batch["names"])
 
 
 def read_sample_log(folder: Path) -> dict[int, list[str]]:
