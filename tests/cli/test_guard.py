@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def test_goes_back_and_leaves_the_data_out_then_goes_on_as_if_never_killed(tmp_p
     # Calls 9 to 16 are the steps 5 to 12: stuck in step 10, after the checkpoint at 8.
     stuck = [*losing("nan_at_calls", [6, 7, 8]), "+loss.stuck_at=14", "run_name=cut"]
     process = start(*arguments, *stuck)
-    wait_for(lambda: (tmp_path / "cut" / "metrics.csv").exists() and steps_of(tmp_path / "cut") == 9, process)
+    wait_for((tmp_path / "cut" / "checkpoints" / checkpoint_name(8 * B)).exists, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(60)
     resumed = clip_train(*arguments, *losing("nan_at_calls", []), "run_name=cut", "resume=auto")
@@ -106,11 +106,7 @@ def start(*arguments: str) -> subprocess.Popen:
     )
 
 
-def steps_of(folder: Path) -> int:
-    return int(max(read_metrics(folder / "metrics.csv")[1], key=lambda row: int(row["step"]))["step"])
-
-
-def wait_for(done, process: subprocess.Popen) -> None:
+def wait_for(done: Callable[[], bool], process: subprocess.Popen) -> None:
     end = time.monotonic() + 600
     while not done():
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
