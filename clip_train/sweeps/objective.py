@@ -3,10 +3,12 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, cast, get_args
 
 from clip_train.errors import ConfigError
 
-DIRECTIONS = ("maximize", "minimize")
+Direction = Literal["maximize", "minimize"]
+DIRECTIONS = get_args(Direction)
 _TO_TEXT = re.compile(r"val/.+/image_to_text_recall@1")
 
 
@@ -20,7 +22,7 @@ class Objective:
     """
 
     metrics: tuple[str, ...] | None
-    direction: str
+    direction: Direction
 
     @classmethod
     def of(cls, metric: str | Sequence[str] | None, direction: str | None, has_validation: bool) -> "Objective":
@@ -36,7 +38,7 @@ class Objective:
             direction = "minimize" if metrics and metrics[0].endswith("loss") else "maximize"
         if direction not in DIRECTIONS:
             raise ConfigError(f"hydra.sweeper.direction={direction} is none of {', '.join(DIRECTIONS)}")
-        return cls(metrics, direction)
+        return cls(metrics, cast(Direction, direction))
 
     @property
     def name(self) -> str:

@@ -1,15 +1,13 @@
 """Pictures of a study: which settings matter, and which go together with good results."""
 
-import logging
 import warnings
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import TrialState
-
-log = logging.getLogger(__name__)
 
 
 def draw_study(study: optuna.Study, folder: Path, name: str) -> list[Path]:
@@ -30,13 +28,18 @@ def draw_study(study: optuna.Study, folder: Path, name: str) -> list[Path]:
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as draw
 
-    paths = folder / "importance.png", folder / "parallel_coordinate.png"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Optuna calls these functions experimental, since 2020
-        # PED-ANOVA, as the default would need scikit-learn.
-        importance = draw.plot_param_importances(study, evaluator=PedAnovaImportanceEvaluator(), target_name=name)
-        parallel = draw.plot_parallel_coordinate(study, target_name=name)
-        for axes, path in zip((importance, parallel), paths):
-            axes.figure.savefig(path, bbox_inches="tight", dpi=120)
-            pyplot.close(axes.figure)
-    return list(paths)
+    # PED-ANOVA, as the default evaluator would need scikit-learn.
+    evaluator = PedAnovaImportanceEvaluator()
+    pictures = {
+        "importance": partial(draw.plot_param_importances, evaluator=evaluator),
+        "parallel_coordinate": draw.plot_parallel_coordinate,
+    }
+    paths = []
+    for picture, plot in pictures.items():
+        paths.append(folder / f"{picture}.png")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Optuna has called these functions experimental since 2020
+            plot(study, target_name=name)
+        pyplot.savefig(paths[-1], bbox_inches="tight", dpi=120)
+        pyplot.close()
+    return paths

@@ -8,22 +8,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from clip_train.sweeps.objective import Objective
+from clip_train.sweeps.study import StudySettings, StudyTrials
+from clip_train.sweeps.trial import TrialFile
 from clip_train.training.csv_logger import read_metrics
 from clip_train.training.wandb_files import read_records
 from tests.cli.runs import TINY, clip_train
 
-ENV = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    """A sweep in the background, with all its processes in one group."""
+    """A program in the background, with all its processes in one group."""
     command = [sys.executable, "-m", "clip_train.commands.train", *arguments]
-    return subprocess.Popen(command, env={**os.environ, **ENV}, start_new_session=True)
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None:
@@ -74,7 +82,7 @@ def test_a_search_prunes_is_killed_and_goes_on(tmp_path, make_shards):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
-    done = clip_train(*arguments, timeout=600, **ENV)
+    done = clip_train(*arguments, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     logs = [path.read_text() for path in folder.glob("search_*/train.log")]
     assert any("resuming from" in log for log in logs)
@@ -94,7 +102,7 @@ def test_a_search_prunes_is_killed_and_goes_on(tmp_path, make_shards):
     if len(complete) > 1:
         assert {path.name for path in folder.glob("*.png")} == {"importance.png", "parallel_coordinate.png"}
 
-    again = clip_train(*arguments, **ENV)  # nothing is left to do
+    again = clip_train(*arguments, timeout=900)  # nothing is left to do
     assert again.returncode == 0, again.stderr
     assert results(folder) == rows
 
@@ -105,7 +113,6 @@ def test_a_grid_is_stopped_and_goes_on_and_its_best_trains_again(tmp_path):
         *TINY,
         "data.val.shards=null",
         "logger=[csv,wandb]",
-        "trainer.devices=2",
         "trainer.log_every=1",
         "max_steps=40",
         "optim.warmup=0",
@@ -118,10 +125,10 @@ def test_a_grid_is_stopped_and_goes_on_and_its_best_trains_again(tmp_path):
     metrics = folder / "grid_0" / "metrics.csv"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 75
+    assert process.wait(400) == 75
     assert [row["state"] for row in results(folder).values()] == ["interrupted", "waiting"]
 
-    done = clip_train(*arguments, **ENV)
+    done = clip_train(*arguments, timeout=900)
     assert done.returncode == 0, done.stderr
     assert "resuming from" in (folder / "grid_0" / "train.log").read_text()
     rows = results(folder)
@@ -133,14 +140,31 @@ def test_a_grid_is_stopped_and_goes_on_and_its_best_trains_again(tmp_path):
     assert {run.run_group for run in runs} == {"grid"}
 
     finished = {path: path.stat().st_mtime_ns for path in folder.glob("grid_*/summary.json")}
-    again = clip_train(*arguments, **ENV)
+    again = clip_train(*arguments, timeout=900)
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in folder.glob("grid_*/summary.json")} == finished
 
     where = ["--config-dir", str(folder), "experiment=best", f"output_dir={tmp_path}", "run_name=again"]
-    best = clip_train(*where, **ENV)
+    best = clip_train(*where, timeout=900)
     assert best.returncode == 0, best.stderr
     assert losses(tmp_path / "again") == losses(folder / "grid_0")
+
+
+def test_all_ranks_end_a_pruned_run(tmp_path, make_shards):
+    run = tmp_path / "run"
+    pruner = {"_target_": "optuna.pruners.ThresholdPruner", "upper": 0}
+    study = StudySettings(str(tmp_path / "study.journal"), "one", Objective(("val/shards/loss",), "minimize"), pruner)
+    trial = StudyTrials(study, {"_target_": "optuna.samplers.RandomSampler"}, {}, 1, lambda number: run).next()
+    assert trial
+    TrialFile(run).write(trial, asdict(study))
+    (shards,) = make_shards([40])
+    data = [f"data.train.shards={shards}", f"data.val.shards={shards}", "data.num_workers=0"]
+    where = ["trainer.devices=2", "max_steps=9", "eval.every=3", f"output_dir={tmp_path}", "run_name=run"]
+    done = clip_train(*TINY, *data, *where, timeout=900)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["pruned"], summary["complete"], summary["steps"]) == (True, False, 4)
+    assert list(study.open().trials[0].intermediate_values) == [1]
 
 
 def test_what_a_sweep_cannot_do_is_said_before_it_starts(tmp_path):
