@@ -10,6 +10,7 @@ from typing import TypeVar
 from clip_train.data.remote import RemoteStream, open_remote
 from clip_train.data.retries import Cancelled, never, wait, with_retries
 from clip_train.data.shard_cache import CacheError, Part, ShardCache, readable_bytes
+from clip_train.heartbeat import beat
 
 _CHECK_EVERY = 256 << 20  # bytes between looks at the limit, where a file's size is not known beforehand
 _T = TypeVar("_T")
