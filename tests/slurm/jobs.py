@@ -60,7 +60,7 @@ def wait_until_over(job: str, folder: Path, state: str = "COMPLETED") -> int:
 
 
 def logs(folder: Path) -> str:
-    return "\n".join(path.read_text()[-3000:] for path in folder.glob("*.log"))
+    return "\n".join(path.read_text() for path in folder.glob("*.log"))
 
 
 def wait_for_steps(run: Path, count: int) -> None:
