@@ -77,6 +77,9 @@ def sweep_optuna(sweeper: Sweeper, arguments: Sequence[str]) -> None:
     sweep = _Sweep(sweeper)
     settings = sweep.settings
     space, fixed = split_overrides([*sweep.params(), *arguments])
+    prunes = not settings["pruner"]["_target_"].endswith("NopPruner")
+    if prunes and OmegaConf.select(sweep.config, "eval.every") is None:
+        log.warning("eval.every=null: nothing is evaluated before the end of a trial, so none can be pruned")
     with only_sweep_in(sweep.folder):
         study = StudySettings(
             storage=str(settings["storage"] or sweep.folder.absolute() / "study.journal"),

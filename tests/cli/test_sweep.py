@@ -67,7 +67,7 @@ def test_a_search_prunes_is_killed_and_goes_on(tmp_path, make_shards):
         "optim.lr=tag(log, interval(1e-7, 1e-6))",
         "model.init_logit_scale=0,4.6",
         "hydra/sweeper=optuna",
-        "hydra.sweeper.n_trials=4",
+        "hydra.sweeper.n_trials=3",
         "hydra/sweeper/sampler=random",
         "hydra/sweeper/pruner=threshold",
         "hydra.sweeper.pruner.upper=6",
@@ -87,8 +87,8 @@ def test_a_search_prunes_is_killed_and_goes_on(tmp_path, make_shards):
     logs = [path.read_text() for path in folder.glob("search_*/train.log")]
     assert any("resuming from" in log for log in logs)
     rows = results(folder)
-    assert sorted(rows) == [0, 1, 2, 3]
-    assert len({row["optim.lr"] for row in rows.values()}) == 4
+    assert sorted(rows) == [0, 1, 2]
+    assert len({row["optim.lr"] for row in rows.values()}) == 3
     for number, row in rows.items():
         scale = row["model.init_logit_scale"]
         assert row["state"] == {"0": "complete", "4.6": "pruned"}[scale]
@@ -99,8 +99,6 @@ def test_a_search_prunes_is_killed_and_goes_on(tmp_path, make_shards):
     complete = {number: float(row["metric"]) for number, row in rows.items() if row["state"] == "complete"}
     best = min(complete, key=lambda number: complete[number])
     assert f"Trial {best}: val/shards/loss" in (folder / "experiment" / "best.yaml").read_text()
-    if len(complete) > 1:
-        assert {path.name for path in folder.glob("*.png")} == {"importance.png", "parallel_coordinate.png"}
 
     again = clip_train(*arguments, timeout=900)  # nothing is left to do
     assert again.returncode == 0, again.stderr
@@ -178,16 +176,6 @@ def test_what_a_sweep_cannot_do_is_said_before_it_starts(tmp_path):
         assert done.returncode == 2, done.stdout + done.stderr
         assert message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "sweep").exists()
-
-
-def test_failed_trials_are_rows_too(tmp_path):
-    (tmp_path / "sweep").mkdir()
-    arguments = ["--multirun", *TINY, "batch_size=0,-1", f"output_dir={tmp_path}", "run_name=sweep"]
-    done = clip_train(*arguments, "hydra.sweeper.max_failures=0", "data.val.shards=null")
-    assert done.returncode == 1
-    assert [row["state"] for row in results(tmp_path / "sweep").values()] == ["failed", "waiting"]
-    assert not (tmp_path / "sweep" / "experiment").exists()
-    assert json.loads((tmp_path / "sweep" / "sweep.json").read_text())["objective"]["direction"] == "minimize"
 
 
 def test_the_wandb_sweep_of_the_docs_starts_clip_train(tmp_path):
