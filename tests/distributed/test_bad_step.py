@@ -17,9 +17,11 @@ def three_steps(sharding: str, what: str) -> tuple[list[bool], list[float]]:
     """Of three steps, the second bad on one rank: whether each changed anything here, and the norms."""
     torch.manual_seed(0)
     group = pool_group(2)
+    assert group is not None
     model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+    trained: nn.Module = model
     if sharding == "fsdp":
-        trained = fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
     else:
         trained = DistributedDataParallel(model, process_group=group)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
