@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.io import CheckpointIO
 
 from clip_train.checkpoints.choice import newest_valid
-from clip_train.checkpoints.folder import read_checkpoint
+from clip_train.checkpoints.folder import read_checkpoint, read_manifest
 from clip_train.checkpoints.snapshot import SnapshotTaker
 from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.distributed import gather_objects
@@ -131,11 +131,11 @@ class Checkpointing(Callback):
             " then run again with resume=auto"
         )
 
-    def newest(self) -> Path | None:
-        """The newest valid checkpoint, once all that was begun is written; else what the run went on from."""
+    def newest(self) -> tuple[Path, int] | None:
+        """The newest valid checkpoint, when all are written, or what the run went on from; and its samples seen."""
         self.writer.wait()
-        found = newest_valid(self.writer.folder)
-        return found[0] if found else self.resumed_from
+        path, manifest = newest_valid(self.writer.folder) or (self.resumed_from, None)
+        return (path, (manifest or read_manifest(path)).samples_seen) if path else None
 
     def _save(self, trainer: L.Trainer, pl_module: ClipModule, metrics: Mapping[str, float] | None = None) -> None:
         self.metrics.flush(trainer)

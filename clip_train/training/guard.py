@@ -5,18 +5,19 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from clip_train.checkpoints.folder import samples_of
 from clip_train.distributed import gather_objects
 from clip_train.errors import DivergedError
 from clip_train.training.health import Health
 from clip_train.training.module import ClipModule
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _NAMED = 20  # skipped steps in the log
 _KEPT_STEPS = 200  # for the report
@@ -59,7 +60,7 @@ class Guard(Callback):
         max_bad_steps: so many in a row are too many.
         max_rollbacks: in the whole run; after that it ends.
         health: warns of what is odd but finite.
-        last_checkpoint: the newest valid one; called on the first rank.
+        last_checkpoint: the newest valid one, and the samples it has seen; called on the first rank.
         report: writes about the last steps, and the bad ones among them, and returns where; called on the first rank.
         undone: the roll-back that led here.
 
@@ -73,7 +74,7 @@ class Guard(Callback):
         max_bad_steps: int,
         max_rollbacks: int,
         health: Health,
-        last_checkpoint: Callable[[], Path | None],
+        last_checkpoint: Callable[[], tuple[Path, int] | None],
         report: Callable[[Sequence[StepRecord], int], Path],
         undone: RollBack | None = None,
     ) -> None:
@@ -135,8 +136,7 @@ class Guard(Callback):
         said = f"{self.max_bad_steps} steps in a row, up to step {self._fault.step}, had no finite loss or gradient"
         if self.rollbacks >= self.max_rollbacks:
             raise DivergedError(self._last_words(trainer, pl_module, said))
-        checkpoint = _from_first_rank(trainer, self.last_checkpoint)
-        samples_seen = samples_of(checkpoint) if checkpoint else 0
+        checkpoint, samples_seen = _from_first_rank(trainer, self.last_checkpoint) or (None, 0)
         back_to = checkpoint.name if checkpoint else "the start of the run, as there is no checkpoint"
         log.warning("%s: going back to %s, and leaving out the samples up to position %d", said, back_to, end)
         raise RollBack(checkpoint, end - samples_seen, self.rollbacks + 1)
@@ -159,7 +159,7 @@ class Guard(Callback):
         self.rollbacks = self.undone.count if self.undone else state_dict["rollbacks"]
 
 
-def _from_first_rank(trainer: L.Trainer, ask: Callable[[], Path | None]) -> Path | None:
+def _from_first_rank(trainer: L.Trainer, ask: Callable[[], T | None]) -> T | None:
     """What the first rank answers, on every rank, which wait for it; None if it failed."""
     answer = None
     if trainer.is_global_zero:

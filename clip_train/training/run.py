@@ -188,7 +188,7 @@ def _guard(
     cfg: DictConfig,
     folder: RunFolder,
     data: ClipDataModule,
-    last_checkpoint: Callable[[], Path | None],
+    last_checkpoint: Callable[[], tuple[Path, int] | None],
     undone: RollBack | None,
 ) -> Guard:
     settings = cfg.guard

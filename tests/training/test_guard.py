@@ -27,7 +27,7 @@ def make_guard(**changes) -> Guard:
         "max_bad_steps": 3,
         "max_rollbacks": 1,
         "health": healthy(),
-        "last_checkpoint": lambda: Path("samples_00000000000020.ckpt"),
+        "last_checkpoint": lambda: (Path("samples_00000000000020.ckpt"), 20),
         "report": lambda steps, skipped: Path("guard_report.json"),
     }
     return Guard(**{**settings, **changes})
