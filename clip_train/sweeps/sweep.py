@@ -103,6 +103,7 @@ class _Sweep:
 
     def __init__(self, sweeper: Sweeper) -> None:
         _log_to_console()
+        _refuse_launched()
         self.settings = {key: _plain(value) for key, value in sweeper.settings.items()}
         _check_settings(self.settings)
         self.config, self.launcher = sweeper.config, sweeper.launcher
@@ -162,6 +163,17 @@ class _Sweep:
             )
         content = {"name": self.name, "objective": asdict(self.objective), "overrides": decisive}
         write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def _refuse_launched() -> None:
+    tasks = int(os.environ.get("WORLD_SIZE", "1")) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if "SLURM_STEP_ID" in os.environ:
+        tasks = max(tasks, int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
+    if tasks > 1:
+        raise ConfigError(
+            "--multirun is one process that starts the others: leave torchrun or srun out, and give trainer.devices=N "
+            "or hydra/launcher=slurm"
+        )
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:

@@ -167,12 +167,14 @@ def test_all_ranks_end_a_pruned_run(tmp_path, make_shards):
 
 def test_what_a_sweep_cannot_do_is_said_before_it_starts(tmp_path):
     common = ["--multirun", *TINY, f"output_dir={tmp_path}", "run_name=sweep"]
-    for arguments, message in [
-        (["hydra/sweeper=optuna", "optim.lr=1e-3"], "hydra/sweeper=optuna has nothing to search"),
-        (["optim.lr=interval(1e-4, 1e-3)"], "hydra/sweeper=optuna"),
-        (["optim.lr=1,2", "hydra.sweeper.n_jobs=0"], "hydra.sweeper.n_jobs=0 is not a whole number of at least 1"),
+    torchrun = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2"}
+    for arguments, env, message in [
+        (["hydra/sweeper=optuna", "optim.lr=1e-3"], {}, "hydra/sweeper=optuna has nothing to search"),
+        (["optim.lr=interval(1e-4, 1e-3)"], {}, "hydra/sweeper=optuna"),
+        (["optim.lr=1,2", "hydra.sweeper.n_jobs=0"], {}, "hydra.sweeper.n_jobs=0 is not a whole number of at least 1"),
+        (["optim.lr=1,2"], torchrun, "leave torchrun or srun out"),
     ]:
-        done = clip_train(*common, *arguments)
+        done = clip_train(*common, *arguments, **env)
         assert done.returncode == 2, done.stdout + done.stderr
         assert message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "sweep").exists()
