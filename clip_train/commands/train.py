@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from clip_train.errors import ConfigError
-from clip_train.training.signals import install_handlers
+from clip_train.training.signals import ignore_signals, install_handlers
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -44,6 +44,7 @@ def _train(cfg: DictConfig) -> int:
     from clip_train.training.run import train
 
     summary = train(cfg, console)
+    ignore_signals()
     return EXIT_RESUMABLE if summary["stopped_by_signal"] and not summary["complete"] else EXIT_DONE
 
 

@@ -9,7 +9,7 @@ import signal
 import threading
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 _received: signal.Signals | None = None
 
@@ -24,6 +24,13 @@ def install_handlers() -> None:
 def stop_requested() -> signal.Signals | None:
     """The first signal this process got, if it got one."""
     return _received
+
+
+def ignore_signals() -> None:
+    """When nothing is left to stop: Python resets the handlers before it exits, and the exit code could be lost."""
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def keep_handlers(trainer) -> None:
