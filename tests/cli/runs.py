@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from clip_train.training.csv_logger import read_metrics
+from tests.cli.warm_start import run_module
 
 TINY = [
     "model=vit_tiny",
@@ -22,15 +22,11 @@ TINY = [
 
 def clip_train(*arguments: str, launcher: tuple[str, ...] = (), timeout: float = 300, **env: str):
     """Run `clip-train`; returns the finished process with its output as text."""
-    program = ["-m", "clip_train.commands.train"] if launcher else [sys.executable, "-m", "clip_train.commands.train"]
-    return subprocess.run(
-        [*launcher, *program, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    if not launcher:
+        return run_module("clip_train.commands.train", arguments, env, timeout)
+    command = [*launcher, "-m", "clip_train.commands.train", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def train_tiny(
