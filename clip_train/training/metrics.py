@@ -56,6 +56,7 @@ class TrainMetrics(Callback):
         self._pending: list[tuple[int, int, dict[str, Tensor | float]]] = []
         self._step_end = self._first_step_end = 0.0
         self._window_start, self._waited, self._steps_timed = 0.0, 0.0, 0
+        self._left_out, self._stopped_at = 0.0, cast(float | None, None)
 
     @property
     def samples_per_second(self) -> float:
@@ -66,10 +67,10 @@ class TrainMetrics(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.resume_after(trainer.global_step, pl_module.samples_seen)
-        self._step_end = self._window_start = time.perf_counter()
+        self._step_end = self._window_start = self._clock()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        self._waited += time.perf_counter() - self._step_end
+        self._waited += self._clock() - self._step_end
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ClipModule, outputs, batch, batch_idx) -> None:
         metrics = {**pl_module.step_metrics, **self.data_metrics(pl_module.position)}
@@ -77,7 +78,7 @@ class TrainMetrics(Callback):
         self._pending.append((trainer.global_step, pl_module.samples_seen, metrics))
         if len(self._pending) >= self.log_every or trainer.should_stop or not self.latest:
             self.flush(trainer)
-        self._step_end = time.perf_counter()
+        self._step_end = self._clock()
         if self._first_step_end:
             self._steps_timed += 1
         else:
@@ -90,13 +91,21 @@ class TrainMetrics(Callback):
     def paused(self) -> Iterator[None]:
         """Leave what happens inside, saving or evaluating, out of speed and waiting."""
         beat()
-        start = time.perf_counter()
-        yield
-        beat()
-        elapsed = time.perf_counter() - start
-        self._step_end += elapsed
-        self._window_start += elapsed
-        self._first_step_end += elapsed
+        if self._stopped_at is not None:  # a checkpoint saved while evaluating
+            yield
+            beat()
+            return
+        start, self._stopped_at = time.perf_counter(), self._clock()
+        try:
+            yield
+        finally:
+            beat()
+            self._left_out += time.perf_counter() - start
+            self._stopped_at = None
+
+    def _clock(self) -> float:
+        """Seconds, on a clock that stands still while paused."""
+        return time.perf_counter() - self._left_out if self._stopped_at is None else self._stopped_at
 
     def in_bad_row(self, trainer: L.Trainer) -> bool:
         """Whether the last step changed nothing, so that it is better not to save now. Raises as `flush` does."""
@@ -113,7 +122,7 @@ class TrainMetrics(Callback):
             return
         warmed_up = bool(self.latest)  # the first step waits for workers to start
         rows = _read([metrics for *_, metrics in self._pending])
-        now = time.perf_counter()  # after the device has caught up
+        now = self._clock()  # after the device has caught up
         elapsed = now - self._window_start
         speed = {
             "train/samples_per_second": len(self._pending) * self.batch_size / elapsed,

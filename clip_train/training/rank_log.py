@@ -1,6 +1,8 @@
 """The log of each process: what it says, what libraries warn of, and what it dies of."""
 
 import logging
+import os
+import socket
 import threading
 import traceback
 from collections.abc import Iterator
@@ -35,6 +37,7 @@ class RankLog(logging.Handler):
         """Append to this file from now on, beginning with what was said so far."""
         self._writer = PatientWriter(path, lambda lines: append_whole(path, "".join(lines).encode(errors="replace")))
         self._writer.add(self._early)
+        self._note(f"process {os.getpid()} on {socket.gethostname()}", logging.INFO)
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record) + "\n"
@@ -55,12 +58,8 @@ class RankLog(logging.Handler):
             self._note(traceback.format_exc())
             raise
 
-    def _note(self, message: str) -> None:
-        self.handle(
-            logging.makeLogRecord(
-                {"name": "clip_train", "levelname": "CRITICAL", "levelno": logging.CRITICAL, "msg": message}
-            )
-        )
+    def _note(self, message: str, level: int = logging.CRITICAL) -> None:
+        self.handle(logging.LogRecord("clip_train", level, __file__, 0, message, None, None))
 
 
 def start_rank_log(rank: int) -> RankLog:

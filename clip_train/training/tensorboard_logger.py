@@ -45,7 +45,7 @@ class TensorboardLogger(RunLogger):
 
     @rank_zero_only
     def resume_after(self, step: int, samples_seen: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue]
         from tensorboard.plugins.text.summary_v2 import text_pb
 
         config = "\n".join(f"    {line}" for line in json.dumps(self._config, indent=2).splitlines())
@@ -55,7 +55,7 @@ class TensorboardLogger(RunLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._writer.add([_record(step=step, summary=Summary(value=values))])
@@ -67,7 +67,7 @@ class TensorboardLogger(RunLogger):
 
 def _record(**fields: Any) -> bytes:
     """An event as it stands in a file, with its length and checksums."""
-    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     file = io.BytesIO()

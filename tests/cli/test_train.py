@@ -108,9 +108,12 @@ def test_precisions(tmp_path, precision):
     assert all(2 < float(loss) < 6 for loss in losses(rows))
 
 
-def test_wandb_offline(tmp_path):
-    train_tiny(tmp_path, "run", "max_steps=1", NO_VAL, "logger=[csv,wandb]")
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+def test_every_process_has_its_log(tmp_path):
+    train_tiny(tmp_path, "run", "max_steps=1", NO_VAL, "trainer.devices=2")
+    first, second = tmp_path / "run" / "train.log", tmp_path / "run" / "logs" / "rank_00001.log"
+    assert "[rank 0] INFO process " in first.read_text()
+    assert "100%  32/32 samples  step 1  loss " in first.read_text()
+    assert "[rank 1] INFO process " in second.read_text()
 
 
 def test_help_has_ten_examples_and_answers_without_torch():

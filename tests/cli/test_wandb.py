@@ -15,7 +15,6 @@ from clip_train.training.run_folder import RunFolder
 from clip_train.training.wandb_files import read_records, wandb_files
 from tests.cli.runs import TINY, clip_train
 
-OFFLINE = {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
 RUN = [*TINY, "run_name=run", "data.val.shards=null", "trainer.log_every=1", "logger=[csv,wandb]"]
 
 
@@ -33,14 +32,14 @@ def test_killed_and_resumed_each_step_is_there_once_under_one_id(tmp_path):
     arguments = [*RUN, f"output_dir={tmp_path}", "max_steps=60", "checkpoint.every=20"]
     process = subprocess.Popen(
         [sys.executable, "-m", "clip_train.commands.train", *arguments],
-        env={**os.environ, **OFFLINE},
+        env={**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
     folder = tmp_path / "run"
     wait_for_step(process, folder / "metrics.csv", 27)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    resumed = clip_train(*arguments, "resume=auto", **OFFLINE)
+    resumed = clip_train(*arguments, "resume=auto", WANDB_MODE="offline")
     assert resumed.returncode == 0, resumed.stderr
 
     run_id = RunFolder(folder).wandb_run_id
@@ -69,7 +68,7 @@ def wait_for_step(process: subprocess.Popen, path: Path, step: int) -> None:
 
 
 def test_config_code_version_group_and_axis(tmp_path):
-    done = clip_train(*RUN, f"output_dir={tmp_path}", "max_steps=2", "logger.wandb.group=mine", **OFFLINE)
+    done = clip_train(*RUN, f"output_dir={tmp_path}", "max_steps=2", "logger.wandb.group=mine", WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     folder = RunFolder(tmp_path / "run")
     (path,) = wandb_files(folder.path, folder.wandb_run_id or "")

@@ -17,7 +17,7 @@ def test_what_does_not_fit_leaves_no_half(tmp_path):
 def test_waits_for_room_and_says_so_once(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     path = tmp_path / "file"
-    writer = PatientWriter(path, lambda lines: append_whole(path, b"".join(lines)))
+    writer: PatientWriter[bytes] = PatientWriter(path, lambda lines: append_whole(path, b"".join(lines)))
     writer.add([b"one\n"])
     with room_for(6):
         for line in (b"two\n", b"three\n", b"four\n"):
@@ -34,7 +34,7 @@ def test_waits_for_room_and_says_so_once(tmp_path, caplog):
 def test_a_folder_that_is_gone_for_a_while(tmp_path):
     (tmp_path / "folder").write_text("in the way")
     path = tmp_path / "folder" / "file"
-    writer = PatientWriter(path, lambda lines: append_whole(path, b"".join(lines)))
+    writer: PatientWriter[bytes] = PatientWriter(path, lambda lines: append_whole(path, b"".join(lines)))
     writer.add([b"one\n"])
     (tmp_path / "folder").unlink()
     writer.add([])
