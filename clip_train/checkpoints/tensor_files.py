@@ -88,11 +88,14 @@ def file_record(path: Path) -> FileRecord:
 def write_tensors(path: Path, pieces: Mapping[str, Piece]) -> FileRecord:
     """Write tensors in host memory as a safetensors file; what is only a part says so in the file's metadata.
 
+    The same tensors give the same bytes, in whatever order they come.
+
     The format's own library holds Python's lock while it writes, and would stop training for that long.
 
     Raises:
         OSError: no space, no permission.
     """
+    pieces = dict(sorted(pieces.items()))
     header: dict[str, Any] = {}
     parts = {
         name: {"shape": piece.shape, "offset": piece.offset}

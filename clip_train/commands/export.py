@@ -16,10 +16,10 @@ def _export(cfg: DictConfig) -> int:
     from clip_train.errors import ConfigError
     from clip_train.interop.single_file import export_single_file
 
-    for key in ("checkpoint", "output"):
+    for key in ("weights", "output"):
         if cfg[key] is None:
             raise ConfigError(f"{key} has no value: give {key}=...")
-    count = export_single_file(Path(cfg.checkpoint), Path(cfg.output))
+    count = export_single_file(Path(cfg.weights), Path(cfg.output))
     print(f"wrote {count} weights to {cfg.output}")
     return EXIT_DONE
 

@@ -26,7 +26,7 @@ def export_single_file(checkpoint: Path, output: Path) -> int:
         verify(checkpoint)
         weights = {name.removeprefix("model."): weight for name, weight in read_weights(checkpoint).items()}
     except (InvalidCheckpointError, ValueError) as error:
-        raise ConfigError(f"checkpoint={checkpoint}: {error}; give the folder of a checkpoint") from error
+        raise ConfigError(f"weights={checkpoint}: {error}; give the folder of a checkpoint") from error
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, save(weights))
     return len(weights)
