@@ -7,7 +7,7 @@ ARG BASE_IMAGE=python:3.13-slim-trixie
 FROM ${BASE_IMAGE} AS uv
 ARG UV_VERSION=0.13.9
 ENV UV_LINK_MODE=copy UV_COMPILE_BYTECODE=1 UV_PYTHON_DOWNLOADS=never
-# Secrets are optional and kept nowhere: env is sourced (another package index, a proxy), ca is for certificates it names.
+# Secrets are optional and kept nowhere: env is sourced (another package index, a proxy), ca holds certificates it names.
 RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=env --mount=type=secret,id=ca \
     set -eu; [ ! -f /run/secrets/env ] || . /run/secrets/env; \
     python3 -m venv /opt/uv; /opt/uv/bin/pip install uv==${UV_VERSION}
@@ -59,9 +59,11 @@ RUN set -eu; \
     apt-get update; apt-get install -y --no-install-recommends tini "$@"; rm -rf /var/lib/apt/lists/*
 
 COPY --from=dependencies /opt/venv /opt/venv
-# The project in a small layer of its own, so that new code is a small push and pull.
-RUN --mount=type=bind,from=project,source=/opt,target=/mnt \
-    /mnt/uv/bin/uv pip install --python /opt/venv --offline --no-cache --no-deps --compile-bytecode /mnt/wheel/*.whl
+# The project in small layers of its own, so that new code is a small push and pull. The wheel is copied, not mounted:
+# podman takes a step from its cache whatever has changed in a mount.
+COPY --from=project /opt/wheel /opt/wheel
+RUN --mount=type=bind,from=uv,source=/opt/uv,target=/mnt \
+    /mnt/bin/uv pip install --python /opt/venv --offline --no-cache --no-deps --compile-bytecode /opt/wheel/*.whl
 
 # Any user id will do: what is written goes to the mounts, to /work and to /tmp. Without a name in /etc/passwd,
 # USER is where Python looks for one.

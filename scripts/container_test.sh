@@ -4,13 +4,13 @@
 #   apt-get install --no-install-recommends podman runc debootstrap
 #   sudo scripts/container_test.sh
 #
-# Needs root, 40 GB in $WORK, and a Debian mirror and a package index. Whatever was made is removed at the end; KEEP=1
-# keeps storage and downloads for the next call. Other settings: BASE_IMAGE (else one is made from Debian's packages),
-# DEVICES="cuda cpu", BUILD_ENV (a file of exports for the build: another package index, a proxy).
+# Needs root, 40 GB in $SCRATCH (/var/tmp), a Debian mirror and a package index. Whatever was made is removed at the end;
+# KEEP=1 keeps storage and downloads for the next call. Other settings: BASE_IMAGE (else one is made from Debian's
+# packages), DEVICES="cuda cpu", BUILD_ENV (a file of exports for the build: another package index, a proxy).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-WORK=${WORK:-/var/tmp/clip_train_container}
+WORK=${SCRATCH:-/var/tmp}/clip_train_container # removed at the end
 DEVICES=${DEVICES-cuda cpu}
 BUILD_ENV=${BUILD_ENV:-/dev/null}
 CERTIFICATES=${SSL_CERT_FILE:-/etc/ssl/certs/ca-certificates.crt}
@@ -32,8 +32,9 @@ main() {
         timed "build $device" build "$device"
         size "$device"
         check_image "$device"
-        echo "# a comment" >>"$WORK/context/clip_train/__init__.py"
+        echo "CHANGED_FOR = '$device'" >>"$WORK/context/clip_train/__init__.py"
         timed "build $device after a change of code" build "$device"
+        sh_inside "$device" "python -c 'import clip_train as c; assert c.CHANGED_FOR == \"$device\"'"
         [ -n "${KEEP:-}" ] || forget "$device" # two at once would need twice the disk
     done
     check_refused
@@ -44,7 +45,7 @@ main() {
 check_tools() {
     [ "$(id -u)" = 0 ] || fail "run it as root"
     for tool in podman runc debootstrap; do
-        command -v "$tool" >/dev/null || fail "$tool is missing: apt-get install --no-install-recommends podman runc debootstrap"
+        command -v "$tool" >/dev/null || fail "$tool is missing: apt-get install $tool"
     done
 }
 
