@@ -120,7 +120,7 @@ def write_tensors(path: Path, pieces: Mapping[str, Piece]) -> FileRecord:
 def _blocks(header: bytes, pieces: Mapping[str, Piece]) -> Iterable[bytes | memoryview]:
     yield struct.pack("<Q", len(header)) + header
     for piece in pieces.values():
-        content = memoryview(piece.local.detach().contiguous().view(-1).view(torch.uint8).numpy())
+        content = piece.local.detach().contiguous().view(-1).view(torch.uint8).numpy().data
         for start in range(0, len(content), _BLOCK_BYTES):
             yield content[start : start + _BLOCK_BYTES]
 

@@ -24,7 +24,8 @@ def make_sharded(mesh_shape: tuple[int, ...], seed: int = 0) -> nn.Module:
     model = make_model(seed)
     for layer in model.children():
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
 
 
 def save_sharded(folder: Path, mesh_shape: tuple[int, ...]) -> int:
