@@ -1,8 +1,9 @@
 """The jobs of a sweep as one job array of SLURM, submitted through submitit.
 
-submitit writes the script, submits the array and carries results home. Time limits are ours to handle: its own handler
-requeues a job the moment the signal comes, and so kills it before it has saved. Here `clip-train` saves and ends with
-75 before its job is requeued. Nor is sacct needed: a job is over when it has a result or is no longer in the queue.
+submitit writes the script, submits the array and carries results home. Time limits are ours to handle: its own
+handler requeues a job the moment the signal comes, and so kills it before it has saved. Here `clip-train` saves and
+ends with 75 before its job is requeued. Nor is sacct needed: a job is over when it has a result or is no longer in
+the queue.
 """
 
 import os
