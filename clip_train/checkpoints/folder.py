@@ -36,7 +36,7 @@ from clip_train.data.files import write_atomic
 FORMAT = 1
 MANIFEST = "manifest.json"
 UNFINISHED = ".tmp"
-_STATE = "state.pt"
+STATE = "state.pt"
 _NAME = re.compile(r"samples_(\d{14})\.ckpt")
 
 
@@ -90,7 +90,7 @@ def write_pieces(folder: Path, snapshot: Snapshot, rank: int, sharded: bool) -> 
             file = f"{name}{tag}.safetensors"
             files[file] = write_tensors(folder / file, pieces)
     if snapshot.rest is not None:
-        files[_STATE] = write_file(folder / _STATE, [snapshot.rest])
+        files[STATE] = write_file(folder / STATE, [snapshot.rest])
     return files
 
 
@@ -112,10 +112,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}{UNFINISHED}")
     try:
         yield temporary
+        replaced = path.with_name(f"{path.name}.replaced{UNFINISHED}")
         if path.exists():
-            shutil.rmtree(path)
+            os.replace(path, replaced)
         os.replace(temporary, path)
         _sync_folder(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -147,11 +149,19 @@ def read_manifest(path: Path) -> Manifest:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidCheckpointError(f"its {MANIFEST} cannot be read ({error})") from error
     for name, record in manifest.files.items():
-        size = (path / name).stat().st_size if (path / name).is_file() else None
+        size = _size(path / name)
         if size != record.bytes:
             found = "missing" if size is None else f"{size:,} bytes"
             raise InvalidCheckpointError(f"{name} is {found}, should be {record.bytes:,} bytes")
     return manifest
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None if there is none, or it goes this moment."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
 def verify(path: Path) -> Manifest:
@@ -178,7 +188,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         InvalidCheckpointError: the checkpoint is not complete.
     """
     read_manifest(path)
-    rest = torch.load(io.BytesIO((path / _STATE).read_bytes()), map_location="cpu", weights_only=True)
+    rest = torch.load(io.BytesIO((path / STATE).read_bytes()), map_location="cpu", weights_only=True)
     # The optimizer takes the tensors as they are: they must not be a view of the file.
     optimizers = {name: tensor.clone() for name, tensor in read_tensors(_files(path, "optimizer")).items()}
     return {

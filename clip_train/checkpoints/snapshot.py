@@ -49,15 +49,12 @@ class SnapshotTaker:
             rank: the first one takes all that is not sharded.
         """
         optimizer_tensors, optimizer_rest = _split_optimizers(checkpoint["optimizer_states"])
-        snapshot = Snapshot(
+        return Snapshot(
             checkpoint["samples_seen"],
             model=self._pieces("model", checkpoint["state_dict"], rank),
             optimizer=self._pieces("optimizer", optimizer_tensors, rank),
             rest=None if rank else _serialised({**checkpoint, "state_dict": {}, "optimizer_states": optimizer_rest}),
         )
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies to pinned memory
-        return snapshot
 
     def _pieces(self, group: str, tensors: dict[str, Tensor], rank: int) -> dict[str, Piece]:
         pieces = {}
@@ -69,13 +66,12 @@ class SnapshotTaker:
         return pieces
 
     def _on_host(self, name: str, tensor: Tensor) -> Tensor:
-        if not self.copy and tensor.device.type == "cpu":
-            return tensor
+        if not self.copy:
+            return tensor.cpu()
         buffer = self._buffers.get(name)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[name] = buffer
-        return buffer.copy_(tensor, non_blocking=True)
+            buffer = self._buffers[name] = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+        return buffer.copy_(tensor)
 
 
 def _serialised(values: dict[str, Any]) -> bytes:

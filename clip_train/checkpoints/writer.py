@@ -1,5 +1,6 @@
 """Writes checkpoints beside training, and removes those that are not kept."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clip_train.checkpoints.folder import (
+    STATE,
     UNFINISHED,
     InvalidCheckpointError,
     Manifest,
@@ -18,12 +20,13 @@ from clip_train.checkpoints.folder import (
     list_checkpoints,
     read_manifest,
     samples_of,
+    verify,
     whole_folder,
     write_manifest,
     write_pieces,
 )
 from clip_train.checkpoints.mirror import Mirror
-from clip_train.checkpoints.retention import Retention
+from clip_train.checkpoints.retention import Retention, Saved
 from clip_train.checkpoints.snapshot import Snapshot
 from clip_train.checkpoints.tensor_files import FileRecord
 from clip_train.data.files import write_atomic
@@ -79,25 +82,30 @@ class CheckpointWriter:
 
     def write(self, snapshot: Snapshot, about: Mapping[str, Any]) -> None:
         """Begin to write; the snapshot must stay as it is until `busy` is False."""
-        self._last = self._jobs.submit(self._try, lambda: self._write(snapshot, about), snapshot.samples_seen)
+        self._last = self._jobs.submit(self._try_to_write, snapshot, about)
 
     def add_metrics(self, samples_seen: int, metrics: Mapping[str, float]) -> None:
         """Note in a checkpoint, once it is written, what was measured at that moment."""
-        self._last = self._jobs.submit(self._try, lambda: self._add_metrics(samples_seen, metrics), samples_seen)
+        self._last = self._jobs.submit(self._add_metrics, samples_seen, dict(metrics))
 
-    def wait(self) -> None:
-        """Until all that was begun is written, or has failed."""
+    def wait(self, seconds: float | None = None) -> None:
+        """Until all that was begun is written, or has failed.
+
+        Raises:
+            TimeoutError: it takes longer than `seconds`.
+        """
         if self._last is not None:
-            self._last.result()
+            self._last.result(seconds)
 
     def is_best(self, path: Path) -> bool:
         """Whether this complete checkpoint is the best of those that are there."""
-        return self.retention.is_top(samples_of(path), self.metrics_of_saved())
+        return self.retention.is_top(samples_of(path), self.saved())
 
     def remove_from(self, samples_seen: int, but: Path | None) -> None:
         """Remove what a run that stands at `samples_seen` will write anew, and what was left unfinished.
 
-        What lies ahead of a run resumed from an older checkpoint is another run's future.
+        What lies ahead of a run resumed from an older checkpoint is another run's future. A broken one is set aside,
+        for whoever can mend it; the mirror is left as it is.
 
         Args:
             but: the checkpoint that the run goes on from.
@@ -105,29 +113,36 @@ class CheckpointWriter:
         for path in self.folder.glob(f"samples_*{UNFINISHED}"):
             shutil.rmtree(path, ignore_errors=True)
         for path in list_checkpoints(self.folder):
-            if samples_of(path) >= samples_seen and (but is None or path.resolve() != but.resolve()):
+            if samples_of(path) < samples_seen or (but is not None and path.resolve() == but.resolve()):
+                continue
+            try:
+                verify(path)
+            except InvalidCheckpointError:
+                _set_aside(path)
+            else:
                 log.warning("removing %s, which lies ahead of %d samples", path, samples_seen)
-                self._remove(path)
+                _remove(path)
 
-    def metrics_of_saved(self) -> dict[int, dict[str, float]]:
-        """What was measured at each complete checkpoint."""
+    def saved(self) -> dict[int, Saved]:
+        """The complete checkpoints by samples seen."""
         found = {}
         for path in list_checkpoints(self.folder):
             try:
-                found[samples_of(path)] = dict(read_manifest(path).about.get("metrics", {}))
+                about = read_manifest(path).about
             except InvalidCheckpointError:
                 continue
+            found[samples_of(path)] = Saved(about.get("metrics", {}), about.get("milestone", False))
         return found
 
-    def _try(self, job: Callable[[], None], samples_seen: int) -> None:
+    def _try_to_write(self, snapshot: Snapshot, about: Mapping[str, Any]) -> None:
         try:
-            job()
+            self._write(snapshot, about)
         except Exception as error:  # whatever it is, training goes on
             self.failure = f"{type(error).__name__}: {error}"
             self._retry_at = time.monotonic() + self._retry_seconds
             log.error(
                 "COULD NOT SAVE A CHECKPOINT at %d samples (%s); training goes on, the next attempt is in %.0f s",
-                samples_seen,
+                snapshot.samples_seen,
                 self.failure,
                 self._retry_seconds,
             )
@@ -140,7 +155,7 @@ class CheckpointWriter:
         if self.rank > 0:
             self._write_part(path.with_name(f"{path.name}{UNFINISHED}"), snapshot)
             return
-        if path.exists() and _is_complete(path):
+        if _holds(path, snapshot):
             return  # the run stands where it began
         with whole_folder(path) as temporary:
             files = write_pieces(temporary, snapshot, self.rank, sharded=self.ranks > 1)
@@ -159,40 +174,67 @@ class CheckpointWriter:
         path = self.folder / checkpoint_name(samples_seen)
         if self.rank > 0 or not path.exists():
             return
-        manifest = read_manifest(path)
-        known = manifest.about.get("metrics", {})
-        write_manifest(path, replace(manifest, about={**manifest.about, "metrics": {**known, **metrics}}))
-        self._after_save(path)
+        try:
+            manifest = read_manifest(path)
+            known = manifest.about.get("metrics", {})
+            write_manifest(path, replace(manifest, about={**manifest.about, "metrics": {**known, **metrics}}))
+        except (OSError, InvalidCheckpointError) as error:
+            log.error("could not note the metrics in %s (%s)", path, error)
+            return
+        if self.mirror:
+            self.mirror.upload_manifest(path)
+        self._tell(path)
+        self._remove_old(path)
 
     def _after_save(self, path: Path) -> None:
-        for tell in (*((self.mirror.upload,) if self.mirror else ()), *self.on_saved):
+        if self.mirror:
+            self.mirror.upload(path)
+        self._tell(path)
+        self._remove_old(path)
+
+    def _tell(self, path: Path) -> None:
+        for tell in self.on_saved:
             try:
                 tell(path)
             except Exception as error:
                 log.error("%s is saved, but not passed on (%s: %s)", path, type(error).__name__, error)
-        kept = self.retention.kept(self.metrics_of_saved())
+
+    def _remove_old(self, newest: Path) -> None:
+        kept = self.retention.kept(self.saved())
         for old in list_checkpoints(self.folder):
-            if samples_of(old) not in kept and samples_of(old) < samples_of(path):
-                self._remove(old)
-
-    def _remove(self, path: Path) -> None:
-        """Rename first: half a checkpoint must not stand under its name."""
-        doomed = path.with_name(f"{path.name}{UNFINISHED}")
-        path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-        if self.mirror:
-            try:
-                self.mirror.remove(path.name)
-            except Exception as error:
-                log.warning("%s could not be removed from the mirror (%s)", path.name, error)
+            if samples_of(old) not in kept and samples_of(old) < samples_of(newest):
+                _remove(old)
+                if self.mirror:
+                    self.mirror.remove(old.name)
 
 
-def _is_complete(path: Path) -> bool:
+def _remove(path: Path) -> None:
+    """Rename first: half a checkpoint must not stand under its name."""
+    doomed = path.with_name(f"{path.name}{UNFINISHED}")
     try:
-        read_manifest(path)
+        path.rename(doomed)
+    except OSError as error:
+        log.error("could not remove %s (%s)", path, error.strerror)
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _set_aside(path: Path) -> None:
+    aside = path.with_name(f"{path.name}.invalid")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        path.rename(aside)
+    except OSError as error:
+        log.error("could not set %s aside (%s)", path, error.strerror)
+
+
+def _holds(path: Path, snapshot: Snapshot) -> bool:
+    """Whether a complete checkpoint is of the same moment of the same history."""
+    try:
+        record = read_manifest(path).files[STATE]
     except InvalidCheckpointError:
         return False
-    return True
+    return snapshot.rest is not None and record.sha256 == hashlib.sha256(snapshot.rest).hexdigest()
 
 
 def _record_file(folder: Path, rank: int) -> Path:

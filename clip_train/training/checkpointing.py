@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from clip_train.training.module import ClipModule
 log = logging.getLogger(__name__)
 
 _FINAL_ATTEMPTS = 5
+_LEAVING_SECONDS = 60.0
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -48,7 +50,8 @@ class Checkpointing(Callback):
         writer: of this rank.
         every_samples: cadence; None saves at the end only.
         every_minutes: another cadence, by the first rank's clock; None for none.
-        asynchronous: False writes before training goes on, and needs no memory for the copy.
+        milestone_samples: a third, whose checkpoints stay for good; None for none.
+        asynchronous: False writes before training goes on, and keeps no memory for the copy.
         resumed_from: what the run goes on from.
         about: what the manifest says of the run, besides metrics.
         metrics: read before each save, so that a run that has diverged is not saved.
@@ -64,18 +67,20 @@ class Checkpointing(Callback):
         *,
         every_samples: int | None,
         every_minutes: float | None,
+        milestone_samples: int | None,
         asynchronous: bool,
         resumed_from: Path | None,
         about: Callable[[], Mapping[str, Any]],
         metrics: TrainMetrics,
     ) -> None:
         self.writer, self.every_samples, self.every_minutes = writer, every_samples, every_minutes
+        self.milestone_samples = milestone_samples
         self.asynchronous, self.resumed_from, self.about, self.metrics = asynchronous, resumed_from, about, metrics
         self.longest_stall = 0.0
         self._wanted, self._unfinished = Vote(self._wants_one), Vote(lambda: int(writer.busy))
         self.votes = (self._wanted, self._unfinished)
         self._snapshots = SnapshotTaker(copy=asynchronous)
-        self._due = False
+        self._due = self._milestone_due = False
         self._saved_samples: int | None = None
         self._saved_at = time.monotonic()
 
@@ -90,12 +95,17 @@ class Checkpointing(Callback):
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ClipModule, outputs, batch, batch_idx) -> None:
-        samples_seen = pl_module.samples_seen
-        self._due |= passes(samples_seen, pl_module.clock.batch_size, self.every_samples)
-        self._due |= self.writer.retention.is_milestone(samples_seen) or self._wanted.total > 0
+        self._take_note(pl_module)
         may_save = not self._unfinished.total and not trainer.should_stop
         if self._due and may_save and not self.metrics.in_bad_row(trainer):
             self._save(trainer, pl_module)
+
+    def _take_note(self, module: ClipModule) -> None:
+        """What is due by now; it stays so until it is saved."""
+        samples_seen, batch_size = module.samples_seen, module.clock.batch_size
+        self._milestone_due |= passes(samples_seen, batch_size, self.milestone_samples)
+        self._due |= passes(samples_seen, batch_size, self.every_samples) or self._milestone_due
+        self._due |= self._wanted.total > 0
 
     def after_evaluation(self, trainer: L.Trainer, pl_module: ClipModule, metrics: Mapping[str, float]) -> None:
         """Note the metrics in this moment's checkpoint; save one if there is none and they are the best so far."""
@@ -103,11 +113,18 @@ class Checkpointing(Callback):
             self.writer.add_metrics(pl_module.samples_seen, metrics)
             if trainer.should_stop:
                 self.writer.wait()
-            return
-        self.writer.wait()
-        best = self.writer.retention.is_best(metrics, self.writer.metrics_of_saved())
-        if not self.metrics.in_bad_row(trainer) and trainer.strategy.broadcast(best):
+        elif self._is_best(trainer, metrics) and not self.metrics.in_bad_row(trainer):
             self._save(trainer, pl_module, metrics)
+
+    def _is_best(self, trainer: L.Trainer, metrics: Mapping[str, float]) -> bool:
+        """What the first rank finds on its disk, on every rank."""
+        if self.writer.retention.metric is None:
+            return False
+        best = False
+        if trainer.is_global_zero:
+            self.writer.wait()
+            best = self.writer.retention.is_best(metrics, self.writer.saved())
+        return trainer.strategy.broadcast(best)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         """The last save, tried a few times; none if the run can go on and its last step was bad (`guard.py`).
@@ -118,6 +135,7 @@ class Checkpointing(Callback):
         if self.metrics.in_bad_row(trainer) and pl_module.samples_seen < pl_module.clock.total_samples:
             log.warning("the last step was skipped, so nothing is saved; the run goes on from the checkpoint before")
             return
+        self._take_note(pl_module)
         for attempt in range(_FINAL_ATTEMPTS):
             self._save(trainer, pl_module)
             self.writer.wait()
@@ -130,6 +148,16 @@ class Checkpointing(Callback):
             f"the last checkpoint could not be written to {self.writer.folder} ({failures[0]}): make room or mend it,"
             " then run again with resume=auto"
         )
+
+    def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
+        """Let a checkpoint that is being written be completed, unless the user wants to leave at once."""
+        if not isinstance(exception, KeyboardInterrupt):
+            with suppress(TimeoutError):
+                self.writer.wait(_LEAVING_SECONDS)
+
+    def teardown(self, trainer, pl_module, stage: str) -> None:
+        if self.writer.mirror:
+            self.writer.mirror.wait(_LEAVING_SECONDS)
 
     def newest(self) -> tuple[Path, int] | None:
         """The newest valid checkpoint, when all are written, or what the run went on from; and its samples seen."""
@@ -145,9 +173,10 @@ class Checkpointing(Callback):
             state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             if self.writer.rank < self.writer.ranks:
                 snapshot = self._snapshots.take(state, self.writer.rank)
-                self.writer.write(snapshot, {**self.about(), "metrics": dict(metrics or {})})
+                about = {**self.about(), "metrics": dict(metrics or {}), "milestone": self._milestone_due}
+                self.writer.write(snapshot, about)
             if not self.asynchronous:
                 self.writer.wait()
-        self._due = False
+        self._due = self._milestone_due = False
         self._saved_samples, self._saved_at = pl_module.samples_seen, time.monotonic()
         self.longest_stall = max(self.longest_stall, time.perf_counter() - start)

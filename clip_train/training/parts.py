@@ -20,12 +20,11 @@ from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.data.tokenizer import VOCAB_SIZE
 from clip_train.models import DualEncoder
-from clip_train.sweeps.reporting import TrialReport
 from clip_train.training.bad_samples import BadSamples
 from clip_train.training.cached_gradients import refuse_batch_norm
 from clip_train.training.checkpointing import Checkpointing, FolderCheckpointIO
 from clip_train.training.data_module import ClipDataModule
-from clip_train.training.durations import Clock, passes, seconds_of
+from clip_train.training.durations import Clock, seconds_of
 from clip_train.training.guard import Guard, RollBack
 from clip_train.training.guard_report import write_report
 from clip_train.training.health import Health
@@ -38,6 +37,7 @@ from clip_train.training.run_folder import RunFolder, environment
 from clip_train.training.run_logger import RunLogger
 from clip_train.training.shard_staging import ShardStaging
 from clip_train.training.signals import keep_handlers
+from clip_train.training.trial_report import TrialReport
 from clip_train.training.validation import AfterEvaluation, Validation
 from clip_train.training.watchdog import Watchdog, group_timeout
 
@@ -121,19 +121,13 @@ def make_checkpointing(
 ) -> Checkpointing:
     """When to save, what to keep, and what a manifest says."""
     settings = cfg.checkpoint
-    milestones = _cadence(settings.milestones, "checkpoint.milestones", clock)
-    retention = Retention(
-        settings.keep,
-        partial(passes, batch_size=clock.batch_size, every_samples=milestones),
-        best=settings.keep_best,
-        metric=settings.best_metric,
-        mode=settings.best_mode,
-    )
+    retention = Retention(settings.keep, settings.keep_best, settings.best_metric, settings.best_mode)
     mirror = Mirror(settings.mirror) if settings.mirror else None
     return Checkpointing(
         CheckpointWriter(folder.checkpoints, retention, rank=world.rank, mirror=mirror),
         every_samples=_cadence(settings.every, "checkpoint.every", clock),
         every_minutes=settings.every_minutes,
+        milestone_samples=_cadence(settings.milestones, "checkpoint.milestones", clock),
         asynchronous=settings.asynchronous,
         resumed_from=resumed_from.path if resumed_from else None,
         about=lambda: {

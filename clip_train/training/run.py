@@ -92,7 +92,7 @@ def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) ->
     if checkpoint:
         about = {"config": plain(cfg), "data": data.describe_data(), "world_size": world.size}
         check_resumable(checkpoint, resume, model=model, **about)
-        if checkpoint.manifest.samples_seen >= clock.total_samples and folder.summary.exists():
+        if checkpoint.manifest.samples_seen >= clock.total_samples and folder.is_complete(clock.total_samples):
             log.info("%s is complete", folder.path)
             return folder.read_summary()
     elif cfg.init_from:

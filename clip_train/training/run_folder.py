@@ -76,6 +76,13 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"cannot write to {self.path}: {error.strerror}; choose another output_dir") from error
 
+    def is_complete(self, total_samples: int) -> bool:
+        """Whether the summary is of the whole of a run of this length, not of a part that was stopped."""
+        if not self.summary.exists():
+            return False
+        summary = self.read_summary()
+        return summary["complete"] and summary["samples_seen"] >= total_samples
+
     def read_summary(self) -> dict:
         """The outcome of a finished run."""
         return json.loads(self.summary.read_text())

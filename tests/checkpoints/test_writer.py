@@ -6,16 +6,16 @@ import pytest
 from clip_train.checkpoints import writer as writer_module
 from clip_train.checkpoints.folder import list_checkpoints, read_checkpoint, read_manifest, samples_of
 from clip_train.checkpoints.mirror import Mirror
-from clip_train.checkpoints.retention import Retention
+from clip_train.checkpoints.retention import Retention, Saved
 from clip_train.checkpoints.snapshot import SnapshotTaker
 from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.errors import ConfigError
 from tests.checkpoints.states import assert_equal, make_state
 
 
-def write(writer, *samples, metrics=None):
+def write(writer, *samples, **about):
     for samples_seen in samples:
-        writer.write(SnapshotTaker(copy=True).take(make_state(samples_seen), rank=0), {"metrics": metrics or {}})
+        writer.write(SnapshotTaker(copy=True).take(make_state(samples_seen), rank=0), about)
         writer.wait()
 
 
@@ -75,6 +75,8 @@ def test_an_invalid_one_does_not_count_among_those_kept(tmp_path):
 def test_the_mirror_has_what_the_folder_has(tmp_path):
     writer = CheckpointWriter(tmp_path / "here", Retention(2), mirror=Mirror("memory://mirror/b32"))
     write(writer, 32, 64, 96)
+    assert writer.mirror
+    writer.mirror.wait(30)
     copies = fsspec.filesystem("memory")
     assert sorted(path.rpartition("/")[2] for path in copies.ls("/mirror/b32", detail=False)) == [
         "samples_00000000000064.ckpt",
@@ -86,11 +88,12 @@ def test_the_mirror_has_what_the_folder_has(tmp_path):
 
 def test_a_mirror_that_fails_is_said_and_costs_nothing(tmp_path, caplog, monkeypatch):
     mirror = Mirror("memory://mirror/broken")
-    monkeypatch.setattr(mirror, "upload", lambda path: (_ for _ in ()).throw(OSError("no route to host")))
+    monkeypatch.setattr(mirror.files, "put_file", lambda *paths: (_ for _ in ()).throw(OSError("no route to host")))
     writer = CheckpointWriter(tmp_path, Retention(1), mirror=mirror)
     with caplog.at_level(logging.ERROR):
         write(writer, 32, 64)
-    assert "saved, but not passed on (OSError: no route to host)" in caplog.text
+        mirror.wait(30)
+    assert "64.ckpt could not be copied (OSError: no route to host)" in caplog.text
     assert saved(tmp_path) == [64] and not writer.failure
 
 
@@ -105,4 +108,41 @@ def test_metrics_are_noted_in_a_checkpoint_that_is_there(tmp_path):
     writer.add_metrics(32, {"b": 2.0})
     writer.wait()
     assert read_manifest(tmp_path / "samples_00000000000032.ckpt").about["metrics"] == {"a": 1.0, "b": 2.0}
-    assert writer.metrics_of_saved() == {32: {"a": 1.0, "b": 2.0}}
+    assert writer.saved() == {32: Saved({"a": 1.0, "b": 2.0})}
+
+
+def test_milestones_stay_for_good(tmp_path):
+    writer = CheckpointWriter(tmp_path, Retention(1))
+    write(writer, 32, milestone=True)
+    write(writer, 64, 96)
+    assert saved(tmp_path) == [32, 96]
+
+
+def test_noting_metrics_does_not_make_a_failure_good(tmp_path, monkeypatch):
+    monkeypatch.setattr(writer_module, "_FIRST_RETRY_SECONDS", 0.0)
+    writer = CheckpointWriter(tmp_path, Retention(1))
+    (tmp_path / "samples_00000000000064.ckpt.tmp").write_text("a file where a folder should be")
+    write(writer, 64)
+    writer.add_metrics(64, {"recall": 0.5})
+    writer.wait()
+    assert writer.failure and writer.retry_due
+
+
+def test_the_same_moment_of_another_history_is_written_anew(tmp_path):
+    writer = CheckpointWriter(tmp_path, Retention(1))
+    write(writer, 64)
+    state = make_state(64)
+    state["skipped_samples"] = 320
+    writer.write(SnapshotTaker(copy=True).take(state, rank=0), {})
+    writer.wait()
+    assert read_checkpoint(tmp_path / "samples_00000000000064.ckpt")["skipped_samples"] == 320
+    assert [path.name for path in tmp_path.iterdir()] == ["samples_00000000000064.ckpt"]
+
+
+def test_a_broken_checkpoint_ahead_is_set_aside(tmp_path):
+    writer = CheckpointWriter(tmp_path, Retention(9))
+    write(writer, 32, 64, 96)
+    (tmp_path / "samples_00000000000096.ckpt" / "model.safetensors").write_bytes(b"")
+    writer.remove_from(32, tmp_path / "samples_00000000000032.ckpt")
+    assert saved(tmp_path) == [32]
+    assert (tmp_path / "samples_00000000000096.ckpt.invalid" / "manifest.json").exists()
