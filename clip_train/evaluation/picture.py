@@ -1,6 +1,5 @@
 """retrieval.png: what the model finds, for people to look at."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import matplotlib
 import numpy as np
 
 from clip_train.data.eval_batches import EvalBatches
+from clip_train.data.files import whole_file
 from clip_train.evaluation.features import Features
 
 matplotlib.use("Agg")
@@ -49,10 +49,11 @@ def draw_retrieval(path: Path, title: str, batches: EvalBatches, features: Featu
     for column, heading in headings.items():
         left, top = axes[0][column].get_position().x0, axes[0][1].get_position().y1
         figure.text(left, top + 0.015, heading, fontsize=11, weight="bold")
-    temporary = path.with_name(f"{path.stem}.{os.getpid()}.tmp.png")
-    figure.savefig(temporary, dpi=100)
-    plt.close(figure)
-    os.replace(temporary, path)
+    try:
+        with whole_file(path) as file:
+            figure.savefig(file, format="png", dpi=100)
+    finally:
+        plt.close(figure)
 
 
 def _list_names(axis, names: Sequence[str], indices: Sequence[int], query: int) -> None:

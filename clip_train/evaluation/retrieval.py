@@ -10,6 +10,7 @@ from clip_train.distributed import group_rank, group_size, sum_over_ranks
 from clip_train.evaluation.features import Features
 
 RECALL_AT = (1, 5, 10)
+METRICS = ("loss", *(f"{way}_recall@{k}" for way in ("image_to_text", "text_to_image") for k in RECALL_AT))
 _TILE_ROWS = 1024
 
 

@@ -20,13 +20,16 @@ def export_single_file(checkpoint: Path, output: Path) -> int:
         How many weights there are.
 
     Raises:
-        ConfigError: the checkpoint is not valid.
+        ConfigError: the checkpoint is not valid, or the output cannot be written.
     """
     try:
         verify(checkpoint)
         weights = {name.removeprefix("model."): weight for name, weight in read_weights(checkpoint).items()}
-    except (InvalidCheckpointError, ValueError) as error:
+    except (InvalidCheckpointError, OSError, ValueError) as error:
         raise ConfigError(f"weights={checkpoint}: {error}; give the folder of a checkpoint") from error
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(output, save(weights))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(output, save(weights))
+    except OSError as error:
+        raise ConfigError(f"output={output}: {error.strerror}; give a file that can be written") from error
     return len(weights)

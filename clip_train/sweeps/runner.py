@@ -122,10 +122,13 @@ class SweepRunner:
         return self.max_failures is not None and self.num_failed > self.max_failures
 
     def _settled(self, trial: Trial) -> bool:
-        """Whether an earlier start of this sweep has brought the trial to its end."""
+        """Whether the trial is not to be launched: an earlier start has brought it to its end, or a signal came."""
         file = TrialFile(trial.folder)
         file.write(trial, self.study)
-        file.wait_until_free()
+        if not file.wait_until_free():
+            trial.state, self.interrupted = INTERRUPTED, True
+            self._record(trial)
+            return True
         if self._read_result(trial):
             self._record(trial)
             return True

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from clip_train.data.files import write_atomic
+from clip_train.training.signals import stop_requested
 
 WAITING, RUNNING, COMPLETE, PRUNED = "waiting", "running", "complete", "pruned"
 DIVERGED, FAILED, INTERRUPTED = "diverged", "failed", "interrupted"
@@ -66,14 +67,22 @@ class TrialFile:
     def unlock(self) -> None:
         """Let others work on the run."""
         if self._lock:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # closing is not enough: a forked loader worker has it open, too
             self._lock.close()
             self._lock = None
 
-    def wait_until_free(self) -> None:
-        """Return when no process is at work on the run: one may be left of a sweep that was killed."""
+    def wait_until_free(self) -> bool:
+        """Wait for a process that is at work on the run, as one may be left of a sweep that was killed.
+
+        Returns:
+            False if a signal to stop came first.
+        """
         while not self.lock():
+            if stop_requested():
+                return False
             time.sleep(0.5)
         self.unlock()
+        return True
 
 
 def read_summary(run_folder: Path) -> dict[str, Any]:

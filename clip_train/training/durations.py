@@ -64,6 +64,22 @@ class Clock:
         Raises:
             ConfigError: `duration` is none of these; `setting` is the config key named in the message.
         """
+        return round(self._exact_samples(duration, setting))
+
+    def cadence(self, duration: str | int | float | None, setting: str) -> int | None:
+        """Samples between two things that happen again and again, at least one step; None for never.
+
+        Raises:
+            ConfigError: `duration` is not one, as for `samples`, or is 0.
+        """
+        if duration is None:
+            return None
+        exact = self._exact_samples(duration, setting)
+        if not exact:
+            raise ConfigError(f"{setting}={duration} is no time between two steps; write null for never")
+        return max(round(exact), self.batch_size)
+
+    def _exact_samples(self, duration: str | int | float, setting: str) -> float:
         match = _DURATION.fullmatch(str(duration).strip())
         if not match:
             raise ConfigError(f"{setting}={duration!r} is no duration; write 2000 steps, 10M samples, 1 epoch or 5%")
@@ -75,7 +91,7 @@ class Clock:
             "epoch": self.epoch_samples,
             "%": self.total_samples / 100,
         }
-        return round(number * per_unit[unit])
+        return number * per_unit[unit]
 
 
 def seconds_of(duration: str | float, setting: str) -> float:

@@ -116,8 +116,12 @@ class ClipModule(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         settings = {name: self.optim[name] for name in ("lr", "weight_decay", "betas", "eps")}
-        # The gradient scaler of fp16 hands fused optimizers unscaled gradients, too late for clipping.
-        return build_adamw(self.model, **settings, fused=self.trainer.precision != "16-mixed")
+        return build_adamw(self.model, **settings, fused=self._fused)
+
+    @property
+    def _fused(self) -> bool:
+        """Whether the optimizer is; the gradient scaler of fp16 would unscale a fused one's gradients after clipping."""
+        return self.trainer.precision != "16-mixed"
 
     def on_train_start(self) -> None:
         keep_settings(self.trainer.optimizers[0], self.optim)  # a checkpoint brings those that it was made with
@@ -146,3 +150,6 @@ class ClipModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.samples_seen, self.skipped_samples = checkpoint["samples_seen"], checkpoint["skipped_samples"]
+        for state in checkpoint["optimizer_states"]:
+            for group in state["param_groups"]:
+                group["fused"] = self._fused  # the precision may be another now; decides where `step` is kept, too

@@ -38,7 +38,7 @@ from clip_train.training.run_logger import RunLogger
 from clip_train.training.shard_staging import ShardStaging
 from clip_train.training.signals import keep_handlers
 from clip_train.training.trial_report import TrialReport
-from clip_train.training.validation import AfterEvaluation, Validation
+from clip_train.training.validation import AfterEvaluation, Validation, check_best_metric
 from clip_train.training.watchdog import Watchdog, group_timeout
 
 log = logging.getLogger(__name__)
@@ -106,10 +106,6 @@ def make_micro_batch_search(cfg: DictConfig, model: DualEncoder, world: World) -
     return MicroBatchSearch(local_batch, cfg.model.image_size, cfg.model.text.context_length, VOCAB_SIZE, world.devices)
 
 
-def _cadence(duration: str | int | None, setting: str, clock: Clock) -> int | None:
-    return None if duration is None else clock.samples(duration, setting)
-
-
 def make_checkpointing(
     cfg: DictConfig,
     world: World,
@@ -121,13 +117,14 @@ def make_checkpointing(
 ) -> Checkpointing:
     """When to save, what to keep, and what a manifest says."""
     settings = cfg.checkpoint
+    check_best_metric(settings.best_metric, data.val_sets)
     retention = Retention(settings.keep, settings.keep_best, settings.best_metric, settings.best_mode)
     mirror = Mirror(settings.mirror) if settings.mirror else None
     return Checkpointing(
         CheckpointWriter(folder.checkpoints, retention, rank=world.rank, mirror=mirror),
-        every_samples=_cadence(settings.every, "checkpoint.every", clock),
+        every_samples=clock.cadence(settings.every, "checkpoint.every"),
         every_minutes=settings.every_minutes,
-        milestone_samples=_cadence(settings.milestones, "checkpoint.milestones", clock),
+        milestone_samples=clock.cadence(settings.milestones, "checkpoint.milestones"),
         asynchronous=settings.asynchronous,
         resumed_from=resumed_from.path if resumed_from else None,
         about=lambda: {
@@ -153,7 +150,7 @@ def make_validation(
     """Evaluation during training and at its end."""
     return Validation(
         data.val_sets,
-        every_samples=_cadence(cfg.eval.every, "eval.every", clock),
+        every_samples=clock.cadence(cfg.eval.every, "eval.every"),
         batch_size=cfg.eval.batch_size,
         num_workers=data.num_workers,
         picture=folder.path / "retrieval.png" if cfg.eval.picture else None,
@@ -172,7 +169,7 @@ def make_trial_report(
     cfg: DictConfig, folder: RunFolder, world: World, clock: Clock, metrics: TrainMetrics
 ) -> TrialReport:
     """What a run tells the study whose trial it is, if it is one."""
-    return TrialReport(folder.path, world.rank, _cadence(cfg.eval.every, "eval.every", clock), metrics)
+    return TrialReport(folder.path, world.rank, clock.cadence(cfg.eval.every, "eval.every"), metrics)
 
 
 def make_watchdog(cfg: DictConfig, folder: RunFolder) -> Watchdog:

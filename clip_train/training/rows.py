@@ -2,10 +2,13 @@
 
 import csv
 import io
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from clip_train.training.patient_writer import PatientWriter, append_whole
+
+log = logging.getLogger(__name__)
 
 
 class RowsFile:
@@ -44,13 +47,17 @@ def read_rows(path: Path) -> list[list[str]]:
 def drop_rows_after(path: Path, samples_seen: int) -> None:
     """Cut off the rows of steps that end after `samples_seen`, and a last row that a kill has cut.
 
-    Nothing is written, so that it works on a full disk.
-
-    Raises:
-        OSError: the file cannot be changed.
+    Nothing is written, so that it works on a full disk. A file that cannot be changed is left as it is: rows that come
+    twice do less harm than one rank of a run that ends while the others wait for it.
     """
-    if not path.exists():
-        return
+    try:
+        if path.exists():
+            _truncate(path, samples_seen)
+    except OSError as error:
+        log.error("CANNOT CHANGE %s: %s; it keeps the rows of steps that are taken again", path, error.strerror)
+
+
+def _truncate(path: Path, samples_seen: int) -> None:
     rows = whole_rows(path)
     columns, kept = next(rows, (["samples_seen"], 0))
     place = list(columns).index("samples_seen")

@@ -1,15 +1,16 @@
 """Retrieval on the validation sets during training and at its end."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from clip_train.data.eval_batches import EvalBatches
+from clip_train.errors import ConfigError
 from clip_train.evaluation.features import Features, encode_pairs
-from clip_train.evaluation.retrieval import retrieval_metrics
+from clip_train.evaluation.retrieval import METRICS, retrieval_metrics
 from clip_train.training.durations import passes
 from clip_train.training.metrics import TrainMetrics, log_metrics
 from clip_train.training.module import ClipModule
@@ -84,8 +85,24 @@ class Validation(Callback):
         if self.picture is not None and trainer.is_global_zero:
             from clip_train.evaluation.picture import draw_retrieval
 
-            draw_retrieval(self.picture, title, batches, Features(features.image.cpu(), features.text.cpu()))
-            log.info("drew %s", self.picture)
+            try:
+                draw_retrieval(self.picture, title, batches, Features(features.image.cpu(), features.text.cpu()))
+            except OSError as error:  # a full disk must not end a run
+                log.error("COULD NOT DRAW %s: %s", self.picture, error.strerror or error)
+            else:
+                log.info("drew %s", self.picture)
+
+
+def check_best_metric(metric: str | None, sets: Iterable[str]) -> None:
+    """Refuse a `checkpoint.best_metric` that no evaluation of these sets measures.
+
+    Raises:
+        ConfigError: it names those there are.
+    """
+    known = [f"val/{name}/{key}" for name in sets for key in METRICS]
+    if metric is not None and metric not in known:
+        there_are = f"there are {', '.join(known)}" if known else "there is no validation set: give data.val.shards"
+        raise ConfigError(f"checkpoint.best_metric={metric}: no such metric; {there_are}")
 
 
 def _sentence(name: str, count: int, scores: Mapping[str, float]) -> str:

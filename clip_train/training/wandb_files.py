@@ -33,6 +33,8 @@ def read_records(path: Path) -> Iterator[Record]:
         ValueError: wandb has changed its format.
     """
     data = path.read_bytes()
+    if len(data) < len(_FILE_HEADER):
+        return
     if data[: len(_FILE_HEADER)] != _FILE_HEADER:
         raise ValueError(f"{path} is not in the format of wandb 0.31")
     place, content = len(_FILE_HEADER), b""

@@ -39,7 +39,7 @@ class TrialReport(Callback):
         self.vote = Vote(lambda: int(self._prune))
         self.pruned = self._prune = False
         self.every_samples, self.metrics = every_samples, metrics
-        self._file = TrialFile(run_folder)  # keeps the lock until the process ends
+        self._file = TrialFile(run_folder)  # keeps the lock until the process ends, or the run goes back
         content = self._file.read() if rank == 0 else None
         if content and not self._file.lock():
             raise RunExistsError(f"{run_folder} is being trained by another process: wait for it or stop it")
@@ -56,6 +56,9 @@ class TrialReport(Callback):
             self.pruned = True
             log.info("pruned: worse than other trials at this point")
             trainer.should_stop = True  # after this step
+
+    def on_exception(self, trainer: L.Trainer, pl_module: ClipModule, exception: BaseException) -> None:
+        self._file.unlock()  # a roll-back takes the run up again in this process
 
 
 class _Report:
