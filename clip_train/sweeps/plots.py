@@ -1,5 +1,6 @@
 """Pictures of a study: which settings matter, and which go together with good results."""
 
+import logging
 import warnings
 from functools import partial
 from pathlib import Path
@@ -9,9 +10,13 @@ import optuna
 from optuna.importance import PedAnovaImportanceEvaluator
 from optuna.trial import TrialState
 
+log = logging.getLogger(__name__)
+
 
 def draw_study(study: optuna.Study, folder: Path, name: str) -> list[Path]:
     """Draw importance.png and parallel_coordinate.png, if enough trials are complete to compare.
+
+    What cannot be drawn is said in one line of the log: it must not hide how the sweep went.
 
     Args:
         study: whose trials to show.
@@ -21,6 +26,14 @@ def draw_study(study: optuna.Study, folder: Path, name: str) -> list[Path]:
     Returns:
         The pictures drawn.
     """
+    try:
+        return _draw(study, folder, name)
+    except Exception as error:  # Optuna's, a database's, the disk's
+        log.warning("could not draw the study: %s", (str(error) or type(error).__name__).splitlines()[0])
+        return []
+
+
+def _draw(study: optuna.Study, folder: Path, name: str) -> list[Path]:
     complete = study.get_trials(states=(TrialState.COMPLETE,))
     if len({trial.value for trial in complete}) < 2:
         return []

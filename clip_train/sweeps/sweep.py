@@ -92,11 +92,8 @@ def sweep_optuna(sweeper: Sweeper, arguments: Sequence[str]) -> None:
         try:
             code = sweep.run(trials, fixed, n_jobs, study=asdict(study))
         finally:
-            try:
-                for path in draw_study(trials.study, sweep.folder, sweep.objective.name):
-                    log.info("drew %s", path)
-            except Exception as error:  # pictures must not hide how the sweep went
-                log.warning("could not draw the study: %s", (str(error) or type(error).__name__).splitlines()[0])
+            for path in draw_study(trials.study, sweep.folder, sweep.objective.name):
+                log.info("drew %s", path)
         complete = any(trial.state == COMPLETE for trial in trials.all())
         _leave(code or (0 if complete else EXIT_FAILED))
 

@@ -120,7 +120,7 @@ class ClipModule(L.LightningModule):
 
     @property
     def _fused(self) -> bool:
-        """Whether the optimizer is; the gradient scaler of fp16 would unscale a fused one's gradients after clipping."""
+        """Of the optimizer: the gradient scaler of fp16 hands a fused one unscaled gradients, too late for clipping."""
         return self.trainer.precision != "16-mixed"
 
     def on_train_start(self) -> None:

@@ -20,6 +20,14 @@ def test_a_sharded_checkpoint_becomes_one_file(tmp_path):
         torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-6)
 
 
+def test_an_output_that_cannot_be_written(tmp_path):
+    checkpoint = save(tmp_path / "samples_00000000000064.ckpt", make_state())
+    for output in (tmp_path, checkpoint / "manifest.json" / "all.safetensors"):  # a folder; below a file
+        with pytest.raises(ConfigError, match=r"^output=.*; give a file that can be written$"):
+            export_single_file(checkpoint, output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.name]
+
+
 def test_a_broken_checkpoint_is_refused(tmp_path):
     checkpoint = save(tmp_path / "samples_00000000000064.ckpt", make_state())
     flip(checkpoint / "model.safetensors")

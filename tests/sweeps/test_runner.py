@@ -1,6 +1,10 @@
 """The loop around trials, with a launcher that writes what a run would leave."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -11,7 +15,8 @@ from clip_train.errors import ConfigError
 from clip_train.sweeps.grid import GridTrials
 from clip_train.sweeps.objective import Objective
 from clip_train.sweeps.runner import SweepRunner, only_sweep_in
-from clip_train.sweeps.trial import COMPLETE, DIVERGED, FAILED, INTERRUPTED, PRUNED, WAITING, TrialFile
+from clip_train.sweeps.trial import COMPLETE, DIVERGED, FAILED, INTERRUPTED, PRUNED, WAITING, Trial, TrialFile
+from clip_train.training import signals
 
 
 class Runs:
@@ -114,3 +119,33 @@ def test_a_run_left_by_a_killed_sweep_is_waited_for(tmp_path):
     file.unlock()
     thread.join(60)
     assert runs.calls == [(0, 1), (1, 1)]
+
+
+def test_waiting_for_such_a_run_ends_with_a_signal(tmp_path, monkeypatch):
+    trials = GridTrials(["x=0,1"], lambda number: tmp_path / f"run_{number}")
+    file = TrialFile(tmp_path / "run_0")
+    file.write(trials.all()[0], None)
+    assert file.lock()
+    monkeypatch.setattr(signals, "_received", None)
+    stop = threading.Timer(1, signals._note, [signal.SIGTERM, None])  # while the sweep waits
+    stop.start()
+    runs = Runs(tmp_path, {})
+    assert sweep(tmp_path, runs, "0,1") == (75, [INTERRUPTED, WAITING])
+    assert not runs.calls
+
+
+def test_a_lock_given_back_is_free_although_a_child_still_has_the_file_open(tmp_path):
+    file = TrialFile(tmp_path / "run_0")
+    file.write(Trial(0, (), tmp_path / "run_0"), None)
+    assert file.lock()
+    assert file._lock
+    os.set_inheritable(file._lock.fileno(), True)
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False)
+    try:
+        assert not TrialFile(tmp_path / "run_0").lock()
+        file.unlock()
+        again = TrialFile(tmp_path / "run_0")
+        assert again.lock()
+        again.unlock()
+    finally:
+        child.communicate(b"\n")

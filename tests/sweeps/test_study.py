@@ -75,7 +75,7 @@ def test_another_search_or_direction_is_refused(tmp_path):
         StudySettings(str(tmp_path / "study.journal"), "lr", Objective(None, "minimize"), RANDOM).open()
 
 
-def test_pictures_need_something_to_compare(tmp_path):
+def test_pictures_need_something_to_compare_and_a_place(tmp_path, caplog):
     trials = open_trials(tmp_path, 9)
     for value in (0.5, 0.6, 0.7):
         trial = draw(trials)
@@ -85,3 +85,5 @@ def test_pictures_need_something_to_compare(tmp_path):
     paths = draw_study(trials.study, tmp_path, "recall")
     assert [path.name for path in paths] == ["importance.png", "parallel_coordinate.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    assert draw_study(trials.study, tmp_path / "gone", "recall") == []
+    assert [record.levelname for record in caplog.records] == ["WARNING"]

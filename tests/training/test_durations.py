@@ -33,6 +33,21 @@ def test_no_durations(duration):
 
 
 @pytest.mark.parametrize(
+    ("duration", "samples"),
+    [(None, None), ("2 epochs", 2000), ("150 samples", 150), ("0.001%", 100), ("1 sample", 100)],
+)
+def test_a_cadence_is_at_least_one_step(duration, samples):
+    assert CLOCK.cadence(duration, "eval.every") == samples
+
+
+@pytest.mark.parametrize("duration", [0, "0", "0%", "0.0 epochs"])
+def test_a_cadence_of_nothing_is_refused(duration):
+    with pytest.raises(ConfigError, match=r"checkpoint\.every=.* write null for never"):
+        CLOCK.cadence(duration, "checkpoint.every")
+    assert CLOCK.samples(duration, "optim.warmup") == 0
+
+
+@pytest.mark.parametrize(
     ("length", "samples"),
     [
         ({"max_samples": 950}, 1000),

@@ -1,3 +1,5 @@
+import logging
+
 from clip_train.training.rows import RowsFile, drop_rows_after, read_rows
 
 
@@ -23,3 +25,11 @@ def test_a_header_that_a_kill_has_cut_is_written_again(tmp_path):
     drop_rows_after(path, 0)
     RowsFile(path, ["samples_seen", "name"]).append([(8, "a")])
     assert path.read_bytes() == b"samples_seen,name\r\n8,a\r\n"
+
+
+def test_a_file_that_cannot_be_changed_does_not_end_the_run(tmp_path, caplog):
+    path = tmp_path / "rank.csv"
+    path.mkdir()
+    with caplog.at_level(logging.ERROR):
+        drop_rows_after(path, 0)
+    assert "CANNOT CHANGE" in caplog.text
