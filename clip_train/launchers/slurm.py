@@ -23,6 +23,7 @@ from clip_train.training.signals import install_handlers, stop_requested
 
 _NO_RESULT = 1
 _SECONDS_BETWEEN_LOOKS = 10
+_ATTEMPTS, _SECONDS_BETWEEN_ATTEMPTS = 6, 5
 
 
 class SlurmJobs:
@@ -80,7 +81,7 @@ def run_task(arguments: list[str]) -> int:
     """
     install_handlers()
     restarted = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
-    code = run_job([*arguments, "resume=auto"] if restarted else arguments)
+    code = run_job(arguments, {**os.environ, "CLIP_TRAIN_RESTARTED": "1"} if restarted else None)
     first = os.environ.get("SLURM_PROCID", "0") == "0"
     if code == EXIT_RESUMABLE:
         if first:
@@ -97,10 +98,24 @@ def _requeue() -> None:
     job = os.environ["SLURM_JOB_ID"]
     if "SLURM_ARRAY_TASK_ID" in os.environ:  # the array itself has the number of one of its tasks
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    state = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, check=False)
-    if state.stdout.strip() == "RUNNING":
-        print("saved; back into the queue", flush=True)
-        subprocess.run(["scontrol", "requeue", job], check=True)
+    state = _ask_patiently("squeue", "-h", "-j", job, "-o", "%T")
+    if state != "RUNNING":
+        print(f"saved; not requeued, as the job is {state or 'unknown to squeue'}", flush=True)
+        return
+    print("saved; back into the queue", flush=True)
+    if _ask_patiently("scontrol", "requeue", job) is None:
+        print(f"SLURM did not take the job back: scontrol requeue {job}", flush=True)
+
+
+def _ask_patiently(*command: str) -> str | None:
+    """What a command of SLURM's prints; None if it fails and fails again: the controller may be busy for a minute."""
+    for attempt in range(_ATTEMPTS):
+        time.sleep(_SECONDS_BETWEEN_ATTEMPTS if attempt else 0)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            return done.stdout.strip()
+        print(f"{command[0]}: {done.stderr.strip()}", file=sys.stderr, flush=True)
+    return None
 
 
 def _wait(results: Mapping[str, Path]) -> dict[str, int]:

@@ -1,6 +1,7 @@
 """What a run begins from: a checkpoint it goes on from, or weights."""
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,15 @@ _MAY_DIFFER = ("data",)
 _SILENT = ("run_name", "output_dir", "resume", "init_from", "logger", "checkpoint", "eval", "model_name")
 
 
+def restarted() -> bool:
+    """Whether a scheduler or torchrun has started this run again, with the arguments that it had the first time."""
+    return _restarted_by_scheduler() or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _restarted_by_scheduler() -> bool:
+    return os.environ.get("CLIP_TRAIN_RESTARTED", "0") != "0"
+
+
 @dataclass(frozen=True)
 class Resume:
     """The `resume` setting.
@@ -40,11 +50,17 @@ class Resume:
     def of(cls, cfg: DictConfig) -> "Resume":
         """Raises ConfigError for a value of `resume.allow` that is unknown."""
         if not isinstance(cfg.resume, DictConfig):  # resume: auto in a file of the user's
-            return cls(str(cfg.resume))
+            return cls(_source(cfg.resume))
         allow = tuple(cfg.resume.allow or ())
         if unknown := [name for name in allow if name not in _MAY_DIFFER]:
             raise ConfigError(f"resume.allow={unknown[0]} is none of {', '.join(_MAY_DIFFER)}")
-        return cls(str(cfg.resume["from"]), allow)
+        return cls(_source(cfg.resume["from"]), allow)
+
+
+def _source(value: object) -> str:
+    # A scheduler starts no run again that was refused the first time, so what is in the folder is the run's own.
+    # torchrun does.
+    return "auto" if value == "never" and _restarted_by_scheduler() else str(value)
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,8 @@ class Checkpoint:
 def find_checkpoint(folder: RunFolder, resume: Resume) -> Checkpoint | None:
     """The checkpoint to go on from; None for a fresh start.
 
+    A run that began at a path and was restarted goes on from where it had come to.
+
     Raises:
         ConfigError: the path holds no valid checkpoint, or none of the run's is valid.
     """
@@ -66,6 +84,9 @@ def find_checkpoint(folder: RunFolder, resume: Resume) -> Checkpoint | None:
     if resume.source == "auto":
         found = newest_valid(folder.checkpoints)
         return Checkpoint(*found) if found else None
+    if restarted() and (own := _newest_since(folder, resume.source)):
+        log.info("restarted: going on from %s instead of %s", own.path, resume.source)
+        return own
     path = Path(resume.source)
     if not path.exists():
         raise ConfigError(f"resume={path}: no such checkpoint; give its folder, auto or never")
@@ -73,6 +94,14 @@ def find_checkpoint(folder: RunFolder, resume: Resume) -> Checkpoint | None:
         return Checkpoint(path, verify(path))
     except InvalidCheckpointError as error:
         raise ConfigError(f"resume: {path} is no valid checkpoint of clip-train: {error}") from error
+
+
+def _newest_since(folder: RunFolder, source: str) -> Checkpoint | None:
+    """The newest valid checkpoint of the folder, if the run that wrote it was told to go on from `source`."""
+    found = newest_valid(folder.checkpoints)
+    setting = found[1].about.get("config", {}).get("resume") if found else None
+    began_at = setting["from"] if isinstance(setting, Mapping) else setting
+    return Checkpoint(*found) if found and began_at == source else None
 
 
 def check_resumable(

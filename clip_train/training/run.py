@@ -74,7 +74,7 @@ def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) ->
     if started_by_lightning():
         die_with_parent()
     rank_log = start_rank_log(world.rank)
-    cfg.run_name = str(cfg.run_name or default_run_name(cfg.model_name))
+    cfg.run_name = str(cfg.run_name or default_run_name(cfg.model_name, world))
     folder = RunFolder(Path(str(cfg.output_dir)) / cfg.run_name)
     resume = Resume.of(cfg)
     if undone:

@@ -6,15 +6,18 @@ import os
 import platform
 import subprocess
 import sys
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from torch.distributed import TCPStore
 
 from clip_train.data.files import write_atomic
 from clip_train.errors import ConfigError, RunExistsError
+from clip_train.training.launch import World, started_by_lightning
 
 # So that the kept config, used as a primary config, leaves no folders of Hydra's about.
 _CONFIG_HEADER = """\
@@ -32,6 +35,7 @@ hydra:
   output_subdir: null
 """
 WANDB_RUN_ID = "wandb_run_id"
+_NAME_FOR_CHILDREN = "CLIP_TRAIN_RUN_NAME"
 _LIBRARIES = ("clip_train", "torch", "lightning", "timm", "transformers", "webdataset", "hydra-core", "wandb")
 
 log = logging.getLogger(__name__)
@@ -59,7 +63,8 @@ class RunFolder:
 
     def check_free_or_resumed(self, resume: str) -> None:
         """Raises RunExistsError if the folder holds a run and `resume` does not say to go on with it."""
-        if self.config.exists() and resume == "never":
+        used = self.config.exists() or any(self.checkpoints.glob("*.ckpt"))
+        if used and resume == "never":
             raise RunExistsError(
                 f"{self.path} already holds a run: add resume=auto to go on with it, or choose another run_name"
             )
@@ -96,9 +101,36 @@ class RunFolder:
             log.error("CANNOT WRITE %s: %s; it would say: %s", self.summary, error.strerror, text)
 
 
-def default_run_name(model_name: str) -> str:
-    """A name that sorts by time."""
-    return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{model_name}"
+def default_run_name(model_name: str, world: World) -> str:
+    """The same name on every rank, before they are connected: the time where that can be shared, else the job.
+
+    Raises:
+        ConfigError: the processes were started in a way that tells them nothing in common.
+    """
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{model_name}"
+    env = os.environ
+    if world.size == 1:
+        return name
+    if isinstance(world.environment, TorchElasticEnvironment):
+        run_id = env["TORCHELASTIC_RUN_ID"]
+        if run_id != "none":  # --rdzv-id, or what --standalone made up
+            return f"{run_id}_{model_name}".replace("/", "_")
+        if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return _first_proposal(name, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+    elif isinstance(world.environment, SLURMEnvironment):
+        return f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}_{model_name}"
+    elif "LOCAL_RANK" not in env and world.size == world.devices:
+        env[_NAME_FOR_CHILDREN] = name  # Lightning starts the others from this process
+        return name
+    elif _NAME_FOR_CHILDREN in env and started_by_lightning():
+        return env[_NAME_FOR_CHILDREN]
+    raise ConfigError("the processes cannot agree on a run_name, as they were started apart: give run_name=NAME to all")
+
+
+def _first_proposal(name: str, host: str, port: int) -> str:
+    """The name that some rank was the first to propose, in the store that torchrun keeps for its processes."""
+    store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=300))
+    return store.compare_set("clip_train/run_name", "", name).decode()
 
 
 def environment() -> dict[str, str | int | bool]:

@@ -11,7 +11,12 @@ from clip_train.distributed import gather_objects, raise_everywhere
 from clip_train.errors import ClipTrainError
 from clip_train.training.module import ClipModule
 from clip_train.training.rank_log import RankLog
+from clip_train.training.resume import restarted
 from clip_train.training.run_folder import RunFolder
+from clip_train.training.run_lock import lock_run
+
+# Seconds for the process before to end; for one whose node died, for NFS to forget its lock.
+_PATIENCE, _PATIENCE_AFTER_RESTART = 5.0, 150.0
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +58,7 @@ class RunStart(Callback):
         if trainer.is_global_zero:
             try:
                 self.folder.check_free_or_resumed(self.resume)
+                lock_run(self.folder.path, _PATIENCE_AFTER_RESTART if restarted() else _PATIENCE)
                 self.folder.create(self.config_text)
             except ClipTrainError as refused:
                 error = str(refused)

@@ -11,6 +11,8 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+_SECONDS_TO_END = 15.0
+
 _received: signal.Signals | None = None
 
 
@@ -42,12 +44,20 @@ def _note(number: int, frame: FrameType | None) -> None:
     global _received
     if _received is not None:
         if number == signal.SIGINT:
+            _end_soon()
             raise KeyboardInterrupt
         return
     _received = signal.Signals(number)
     if _is_first_process():
         again = "; once more stops it at once" if number == signal.SIGINT else ""
         os.write(2, f"{_received.name}: the run stops after this step, with a checkpoint{again}\n".encode())
+
+
+def _end_soon() -> None:
+    """End the process, whatever it waits for on its way out."""
+    timer = threading.Timer(_SECONDS_TO_END, os._exit, [128 + signal.SIGINT])
+    timer.daemon = True
+    timer.start()
 
 
 def _is_first_process() -> bool:

@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +17,14 @@ from clip_train.errors import ConfigError
 from clip_train.training.csv_logger import read_metrics
 from clip_train.training.run_folder import WANDB_RUN_ID, RunFolder, environment
 from clip_train.training.run_logger import RunLogger
+from clip_train.training.signals import stop_requested
 from clip_train.training.wandb_files import last_step, waits_for_sync, wandb_files
 
 log = logging.getLogger(__name__)
 
 _FLUSH_SECONDS = 1.0  # wandb's own 15 are lost by a SIGKILL
+# How long uploads may keep a run from ending that a scheduler, or a user, is about to kill.
+_FINISH_SECONDS_STOPPED, _FINISH_SECONDS_FAILED = 20.0, 5.0
 
 
 class WandbLogger(RunLogger):
@@ -34,7 +38,8 @@ class WandbLogger(RunLogger):
         project: and `entity`, `name`, `group`, `tags`, as W&B knows them.
         log_checkpoints: which checkpoints become artifacts: `False`, `True`, or `best`.
         upload_checkpoints: their files; else only where they are.
-        finish_timeout: seconds to wait for uploads when the run ends; `wandb sync` sends the rest.
+        finish_timeout: seconds to wait for uploads when the run ends, at most 20 of them after a signal and 5 after an
+            error; `wandb sync` sends the rest.
 
     Raises:
         ConfigError: `log_checkpoints` is something else.
@@ -138,13 +143,25 @@ class WandbLogger(RunLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        if self._run is not None:
-            try:
-                self._run.finish(exit_code=int(status != "success"))
-                wandb.teardown()  # waits for the file: the process may end by os._exit
-            except Exception as error:
-                self._give_up(error)
-            self._run = None
+        if self._run is None:
+            return
+        failed = status != "success"
+        seconds = _FINISH_SECONDS_FAILED if failed else _FINISH_SECONDS_STOPPED if stop_requested() else None
+        finishing = threading.Thread(target=self._finish, args=(self._run, int(failed)), daemon=True)
+        finishing.start()
+        finishing.join(seconds)  # W&B was told its time-out when the run began, and hears of no other
+        if finishing.is_alive():
+            log.warning("W&B: not all is sent: `wandb sync %s` sends the rest", self.folder / "wandb")
+            _kill_service()
+            finishing.join(_FINISH_SECONDS_FAILED)
+        self._run = None
+
+    def _finish(self, run: "wandb.Run", exit_code: int) -> None:
+        try:
+            run.finish(exit_code=exit_code)
+            wandb.teardown()  # waits for the file: the process may end by os._exit
+        except Exception as error:
+            self._give_up(error)
 
 
 def _keep_run_id(folder: Path) -> str:
@@ -154,6 +171,13 @@ def _keep_run_id(folder: Path) -> str:
         run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(6)
         write_atomic(folder / WANDB_RUN_ID, f"{run_id}\n".encode())
     return run_id
+
+
+def _kill_service() -> None:
+    """End the process of W&B's that uploads, as Python would wait for it at exit. What it was given is in its file."""
+    service = wandb.setup()._connection
+    if service and service._proc:
+        service._proc._process.kill()
 
 
 def _logged_in() -> bool:

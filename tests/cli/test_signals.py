@@ -76,7 +76,7 @@ def test_the_second_sigint_stops_at_once(tmp_path):
     time.sleep(1)
     assert process.poll() is None  # the step lasts ten minutes
     process.send_signal(signal.SIGINT)
-    assert process.wait(100) not in (0, 75)
+    assert process.wait(100) in (1, 130)  # Lightning's way out, or ours if that takes long
 
 
 def test_a_sweep_hands_the_signal_to_all_its_jobs(tmp_path):

@@ -28,11 +28,20 @@ def test_one_seed_one_result_whatever_the_workers(tmp_path):
     assert losses(first) != losses(other)
 
 
+def test_ranks_without_a_run_name_share_a_folder(tmp_path):
+    run = [*TINY, "trainer.devices=2", "data.num_workers=0", "max_steps=2", NO_VAL, "data.sample_log=true"]
+    done = clip_train(*run, f"output_dir={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "logs" / "rank_00001.log").exists()
+    assert len(list((folder / "samples").glob("rank_*.csv"))) == 2
+
+
 def test_a_run_leaves_its_folder(tmp_path):
     rows = train_tiny(tmp_path, "run", "max_steps=3", "eval.every=2 steps")
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.yaml", "metrics.csv", "summary.json", "train.log", "checkpoints", "retrieval.png"}
+    assert names == {".lock", "config.yaml", "metrics.csv", "summary.json", "train.log", "checkpoints", "retrieval.png"}
     assert [(row["step"], row["samples_seen"]) for row in rows] == [("1", "32"), ("2", "64"), ("3", "96")]
     columns, all_rows = read_metrics(folder / "metrics.csv")
     for name in ("loss", "logit_scale", "lr", "grad_norm", "samples_per_second", "data_wait_fraction"):

@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,36 @@ def test_the_setting():
     assert Resume.of(OmegaConf.create({"resume": "auto"})) == Resume("auto")
     with pytest.raises(ConfigError, match=r"resume.allow=model is none of data"):
         Resume.of(OmegaConf.create({"resume": {"from": "auto", "allow": ["model"]}}))
+
+
+def test_a_restarted_run_goes_on_from_its_own_checkpoints(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path / "run")
+    begin = save(tmp_path / "begin.ckpt", make_state(64))
+    resume = Resume(str(begin))
+    about = {"config": {"resume": {"from": str(begin), "allow": []}}}
+    for variable in ("CLIP_TRAIN_RESTARTED", "TORCHELASTIC_RESTART_COUNT"):
+        with monkeypatch.context() as patched:
+            patched.setenv(variable, "1")
+            found = find_checkpoint(folder, resume)
+            assert found and found.path == begin  # nothing of its own was saved yet
+            own = save(folder.checkpoints / "samples_00000000000128.ckpt", make_state(128), about)
+            found = find_checkpoint(folder, resume)
+            assert found and found.path == own
+            later = save(folder.checkpoints / "samples_00000000000256.ckpt", make_state(256))
+            found = find_checkpoint(folder, resume)
+            assert found and found.path == begin  # another run's, which this one was to replace
+        shutil.rmtree(later)
+        found = find_checkpoint(folder, resume)
+        assert found and found.path == begin  # not restarted
+        shutil.rmtree(folder.path)
+
+
+def test_a_run_restarted_by_a_scheduler_does_not_begin_anew(monkeypatch):
+    cfg = OmegaConf.create({"resume": {"from": "never", "allow": []}})
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # after a refusal too
+    assert Resume.of(cfg).source == "never"
+    monkeypatch.setenv("CLIP_TRAIN_RESTARTED", "1")
+    assert Resume.of(cfg).source == "auto"
 
 
 def test_what_each_source_finds(tmp_path):

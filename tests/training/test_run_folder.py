@@ -1,9 +1,12 @@
 import subprocess
 
 import pytest
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from torch.distributed import TCPStore
 
-from clip_train.errors import RunExistsError
-from clip_train.training.run_folder import RunFolder, environment
+from clip_train.errors import ConfigError, RunExistsError
+from clip_train.training.launch import World
+from clip_train.training.run_folder import RunFolder, default_run_name, environment
 from tests.training.full_disk import room_for
 
 
@@ -14,6 +17,50 @@ def test_a_used_name_needs_resume(tmp_path):
     with pytest.raises(RunExistsError, match="resume=auto"):
         folder.check_free_or_resumed("never")
     folder.check_free_or_resumed("auto")
+
+
+def test_checkpoints_alone_make_a_name_used(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    (folder.checkpoints / "samples_00000000000064.ckpt").mkdir(parents=True)
+    with pytest.raises(RunExistsError, match="resume=auto"):
+        folder.check_free_or_resumed("never")
+    folder.check_free_or_resumed("auto")
+
+
+def world(environment, devices: int = 2, num_nodes: int = 1) -> World:
+    return World("cpu", devices, num_nodes, 0, environment)
+
+
+def test_processes_of_a_job_have_its_name(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert default_run_name("vit", world(SLURMEnvironment(auto_requeue=False))) == "12.0_vit"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "b32")
+    assert default_run_name("vit", world(TorchElasticEnvironment())) == "b32_vit"
+
+
+def test_processes_of_an_unnamed_torchrun_share_a_name_through_its_store(monkeypatch):
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    values = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in {**values, "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}.items():
+        monkeypatch.setenv(name, value)
+    first = default_run_name("vit", world(TorchElasticEnvironment()))
+    assert first.endswith("_vit")
+    assert default_run_name("later", world(TorchElasticEnvironment())) == first
+
+
+def test_what_lightning_starts_has_the_name_of_the_first_process(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setenv("CLIP_TRAIN_RUN_NAME", "of a run before")
+    first = default_run_name("vit", world(LightningEnvironment()))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert first.endswith("_vit") and default_run_name("later", world(LightningEnvironment())) == first
+    monkeypatch.delenv("CLIP_TRAIN_RUN_NAME")
+    with pytest.raises(ConfigError, match="give run_name=NAME"):
+        default_run_name("vit", world(LightningEnvironment()))
+    monkeypatch.delenv("LOCAL_RANK")
+    with pytest.raises(ConfigError, match="give run_name=NAME"):
+        default_run_name("vit", world(LightningEnvironment(), num_nodes=2))
 
 
 def test_a_full_disk_does_not_undo_a_finished_run(tmp_path, caplog):
