@@ -174,7 +174,7 @@ def _keep_run_id(folder: Path) -> str:
 
 
 def _kill_service() -> None:
-    """End the process of W&B's that uploads, as Python would wait for it at exit. What it was given is in its file."""
+    """End the process of W&B's that uploads, as Python would wait for it at exit. Its file lacks a second at most."""
     service = wandb.setup()._connection
     if service and service._proc:
         service._proc._process.kill()

