@@ -1,6 +1,7 @@
 """The module inside a real Trainer: what a checkpoint brings with it."""
 
 from pathlib import Path
+from typing import Any, cast
 
 import lightning as L
 import pytest
@@ -23,7 +24,9 @@ def train(precision: str, steps: int, folder: Path, resume: Path | None = None) 
     clock = Clock(BATCH_SIZE, epoch_samples=BATCH_SIZE, total_samples=steps * BATCH_SIZE)
     module = ClipModule(create_dual_encoder(**TINY), contrastive_loss, OPTIM, clock, seed=0)
     # Asked for by name, Lightning takes bf16 on a processor.
-    chosen = {"plugins": [MixedPrecision("16-mixed", "cpu")]} if precision == "16-mixed" else {"precision": precision}
+    chosen: dict[str, Any] = (
+        {"plugins": [MixedPrecision("16-mixed", "cpu")]} if precision == "16-mixed" else {"precision": precision}
+    )
     trainer = L.Trainer(
         accelerator="cpu",
         devices=1,
@@ -37,7 +40,8 @@ def train(precision: str, steps: int, folder: Path, resume: Path | None = None) 
     )
     pixels, ids = random_batch(BATCH_SIZE)
     batch = {"image": pixels, "text": ids, "seconds": {}}
-    trainer.fit(module, DataLoader([batch], batch_size=None), ckpt_path=resume, weights_only=True)
+    loader = DataLoader(cast(Any, [batch]), batch_size=None)
+    trainer.fit(module, loader, ckpt_path=resume, weights_only=True)
     assert trainer.precision == ("16-mixed" if precision == "16-mixed" else "32-true")
     path = folder / f"{precision}_{steps}.ckpt"
     trainer.save_checkpoint(path)
