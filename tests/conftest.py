@@ -13,6 +13,7 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums of several threads differ in the last bit from those of one
 settings.register_profile("no_deadline", deadline=None)  # tests assert behaviour, never time
 settings.load_profile("no_deadline")
 

@@ -70,8 +70,9 @@ def test_signals_without_end_do_not_break_the_last_checkpoint(tmp_path):
 
 def test_the_second_sigint_stops_at_once(tmp_path):
     slow = ["loss._target_=tests.slurm.slow_loss.slow_contrastive_loss", "+loss.seconds=600"]
+    slow += [f"+loss.begun={tmp_path / 'begun'}"]
     process = start(*SHORT, *slow, f"output_dir={tmp_path}", "run_name=run")
-    wait_until(lambda: (tmp_path / "run" / "train.log").exists())
+    wait_until(lambda: (tmp_path / "begun").exists())
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert process.poll() is None  # the step lasts ten minutes
