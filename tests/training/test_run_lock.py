@@ -49,7 +49,7 @@ def test_a_forked_worker_that_is_left_does_not_keep_it(tmp_path):
     child = int(process.stdout.readline())
     process.wait()
     try:
-        lock_run(tmp_path)
+        lock_run(tmp_path, patience=60)  # until the child has come to let go of it
         os.kill(child, 0)
     finally:
         os.kill(child, 9)
