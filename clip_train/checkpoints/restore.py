@@ -1,27 +1,12 @@
-"""A saved state put into a model and an optimizer that may be sharded otherwise, or not at all."""
+"""A saved state put into an optimizer whose parameters may be sharded otherwise, or not at all."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-
-@torch.no_grad()
-def restore_model(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy whole weights into a model; of a parameter sharded by FSDP2 each rank takes its part.
-
-    Args:
-        model: with the same weights by name.
-        weights: in host memory.
-
-    Raises:
-        KeyError: one is missing.
-    """
-    for name, own in model.state_dict().items():
-        (own.to_local() if isinstance(own, DTensor) else own).copy_(_local_part(weights[name], own))
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -43,19 +28,13 @@ def _like(value: Any, parameter: Tensor) -> Any:
     """A moment of a sharded parameter, cut as it is; numbers and step counts as they are."""
     if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
-    local = _local_part(value, parameter).to(parameter.device)
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
+    local = value[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))]
     return DTensor.from_local(
-        local.contiguous(),
+        local.to(parameter.device).contiguous(),
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
         shape=parameter.shape,
         stride=parameter.stride(),
     )
-
-
-def _local_part(whole: Tensor, target: Tensor) -> Tensor:
-    if not isinstance(target, DTensor):
-        return whole
-    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    return whole[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))]

@@ -1,6 +1,7 @@
 """A step whose loss or gradient is not finite, on whichever rank, changes nothing on any of them."""
 
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -31,12 +32,23 @@ def clip_or_skip(
     Returns:
         The norm before clipping.
     """
-    norm = nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    parameters = list(parameters)
+    norm = _norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if limit is not None:
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = (~norm.isfinite()).float()  # pyright: ignore[reportAttributeAccessIssue]
     return norm
+
+
+def _norm(grads: list[Tensor]) -> Float[Tensor, ""]:
+    """Of all of them together; some may be sharded, and others, such as the logit scale's, not."""
+    sharded = [grad for grad in grads if isinstance(grad, DTensor)]
+    whole = [grad for grad in grads if not isinstance(grad, DTensor)]
+    if not sharded:
+        return nn.utils.get_total_norm(whole)
+    norm = cast(DTensor, nn.utils.get_total_norm(sharded)).full_tensor()
+    return torch.hypot(norm, nn.utils.get_total_norm(whole)) if whole else norm
 
 
 def running_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:

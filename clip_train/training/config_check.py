@@ -57,7 +57,7 @@ _DEFAULTS = {"model.init_logit_scale": INITIAL_LOGIT_SCALE}  # a model config of
 _LN_100 = math.log(100)
 _CHOICES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("trainer.precision", ("32", "bf16-mixed", "16-mixed", "bf16-true")),
-    ("trainer.strategy", ("auto", "ddp")),
+    ("trainer.strategy", ("auto", "ddp", "fsdp")),
     ("checkpoint.best_mode", ("max", "min")),
     ("data.decode", ("fast", "exact")),
     ("data.long_captions", LONG_CAPTIONS),
@@ -89,6 +89,7 @@ def check_config(cfg: DictConfig, world: World) -> None:
         if ("null" if value is None else str(value)) not in choices:
             raise ConfigError(f"{key}={value} is none of {', '.join(choices)}")
     _check_logits(cfg)
+    _check_fsdp(cfg)
     if cfg.data.word_dropout > 1:
         raise ConfigError(f"data.word_dropout={cfg.data.word_dropout} is a share: give at most 1")
     if rest := cfg.batch_size % world.size:
@@ -97,6 +98,15 @@ def check_config(cfg: DictConfig, world: World) -> None:
         raise ConfigError(
             f"batch_size={cfg.batch_size} does not divide over {world.size} processes; the nearest that do: {nearest}"
         )
+
+
+def _check_fsdp(cfg: DictConfig) -> None:
+    if cfg.trainer.strategy != "fsdp":
+        return
+    if cfg.micro_batch_size == "auto":
+        raise ConfigError("micro_batch_size=auto does not try with trainer.strategy=fsdp: give a number, or take ddp")
+    if cfg.trainer.precision == "16-mixed":
+        raise ConfigError("trainer.precision=16-mixed does not go with trainer.strategy=fsdp: take bf16-mixed or 32")
 
 
 def _check_logits(cfg: DictConfig) -> None:

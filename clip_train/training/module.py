@@ -103,7 +103,7 @@ class ClipModule(L.LightningModule):
     def _synchronised_backward(self, loss: Tensor, last: bool) -> None:
         """Backward; only the last of a step exchanges gradients."""
         strategy = self.trainer.strategy
-        local = nullcontext() if last or not isinstance(strategy, DDPStrategy) else strategy.block_backward_sync()
+        local = strategy.block_backward_sync() if not last and isinstance(strategy, DDPStrategy) else nullcontext()
         # Lightning's step is under autocast, which is for forward only.
         with local, torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss, gradient=telling_seed(loss))

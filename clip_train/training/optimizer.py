@@ -13,17 +13,24 @@ def build_adamw(
     """AdamW over the trainable parameters.
 
     No decay on what is a vector or a number once axes of size 1 are dropped: biases, gains of norms, class tokens,
-    `logit_scale`. That is open_clip's rule.
+    `logit_scale`. That is open_clip's rule. Numbers have a group of their own: where the rest is sharded they are not,
+    and a fused optimizer takes no mixture.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if parameter.squeeze().ndim >= 2]
-    others = [parameter for parameter in trainable if parameter.squeeze().ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+    matrices = [parameter for parameter in trainable if _is_matrix(parameter)]
+    vectors = [parameter for parameter in trainable if not _is_matrix(parameter) and parameter.ndim]
+    numbers = [parameter for parameter in trainable if not parameter.ndim]
+    decays = ((matrices, weight_decay), (vectors, 0.0), (numbers, 0.0))
+    groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
 
 def keep_settings(optimizer: torch.optim.Optimizer, optim: Mapping[str, Any]) -> None:
     """Give the optimizer of `build_adamw` the settings of a config, but for the rate, which changes with each step."""
-    matrices, others = optimizer.param_groups
-    for group, weight_decay in ((matrices, optim["weight_decay"]), (others, 0.0)):
+    for group in optimizer.param_groups:
+        weight_decay = optim["weight_decay"] if _is_matrix(group["params"][0]) else 0.0
         group |= {"betas": tuple(optim["betas"]), "eps": optim["eps"], "weight_decay": weight_decay}
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return sum(size > 1 for size in parameter.shape) >= 2

@@ -7,42 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from clip_train.data.loader import keep_workers, let_workers_end
-from clip_train.models import create_dual_encoder
 from clip_train.processes import die_with_parent
-from clip_train.training.agreement import RankAgreement
-from clip_train.training.bad_samples import BadSamples
+from clip_train.training.callbacks import RunCallbacks, RunPlan, make_callbacks
 from clip_train.training.config_check import check_config
-from clip_train.training.data_module import ClipDataModule
 from clip_train.training.durations import RUN_LENGTH_KEYS, Clock
 from clip_train.training.guard import RollBack
-from clip_train.training.launch import find_world, started_by_lightning
-from clip_train.training.module import ClipModule
-from clip_train.training.parts import (
-    make_checkpointing,
-    make_guard,
-    make_loggers,
-    make_loss,
-    make_metrics,
-    make_micro_batch_search,
-    make_trainer,
-    make_trial_report,
-    make_validation,
-    make_watchdog,
-    open_data,
-    plain,
-)
-from clip_train.training.progress import ProgressDisplay
+from clip_train.training.launch import World, find_world, started_by_lightning
+from clip_train.training.parts import make_loggers, make_module, make_trainer, open_data, plain
 from clip_train.training.rank_log import start_rank_log
-from clip_train.training.resume import Checkpoint, Resume, check_resumable, find_checkpoint, load_initial_weights
+from clip_train.training.resume import Resume, check_resumable, find_checkpoint, load_initial_weights
 from clip_train.training.run_folder import RunFolder, default_run_name
-from clip_train.training.run_start import RunStart
-from clip_train.training.sample_log import SampleLog
-from clip_train.training.shard_staging import ShardStaging
-from clip_train.training.startup import announce
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +52,26 @@ def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) ->
     if started_by_lightning():
         die_with_parent()
     rank_log = start_rank_log(world.rank)
+    plan = _plan(cfg, world, undone)
+    if plan.complete_already:
+        log.info("%s is complete", plan.folder.path)
+        return plan.folder.read_summary()
+
+    callbacks = make_callbacks(plan, rank_log, console)
+    loggers = make_loggers(cfg, plan.folder, callbacks.checkpointing.writer)
+    trainer = make_trainer(cfg, world, plan.folder, callbacks.in_order, loggers)
+    with rank_log.noting_errors():
+        rollback = _fit(trainer, plan)
+    if rollback:
+        return rollback
+    summary = _summary(trainer, plan, callbacks)
+    if trainer.is_global_zero:
+        plan.folder.write_summary(summary)
+    return summary
+
+
+def _plan(cfg: DictConfig, world: World, undone: RollBack | None) -> RunPlan:
+    """Name the run, open its data, make its model and find where it begins; nothing is written."""
     cfg.run_name = str(cfg.run_name or default_run_name(cfg.model_name, world))
     folder = RunFolder(Path(str(cfg.output_dir)) / cfg.run_name)
     resume = Resume.of(cfg)
@@ -85,77 +83,40 @@ def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) ->
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data = open_data(cfg, world)
     clock = Clock.of_run(cfg.batch_size, data.num_samples, **{key: cfg[key] for key in RUN_LENGTH_KEYS})
-    model = create_dual_encoder(**plain(cfg.model))
-    micro_batch_size = None if cfg.micro_batch_size == "auto" else cfg.micro_batch_size
-    module = ClipModule(model, make_loss(cfg), plain(cfg.optim), clock, cfg.seed, micro_batch_size)
+    module = make_module(cfg, clock)
     checkpoint = find_checkpoint(folder, resume)
     if checkpoint:
         about = {"config": plain(cfg), "data": data.describe_data(), "world_size": world.size}
-        check_resumable(checkpoint, resume, model=model, **about)
-        if checkpoint.manifest.samples_seen >= clock.total_samples and folder.is_complete(clock.total_samples):
-            log.info("%s is complete", folder.path)
-            return folder.read_summary()
+        check_resumable(checkpoint, resume, model=module.model, **about)
     elif cfg.init_from:
-        load_initial_weights(model, Path(cfg.init_from))
-
-    bad_samples = BadSamples(folder.path / "bad_samples.csv", cfg.data.max_bad_fraction)
-    staging = ShardStaging(data)
-    guard = make_guard(cfg, folder, data, last_checkpoint=lambda: checkpointing.newest(), undone=undone)
-    metrics = make_metrics(cfg, world, data, bad_samples, staging, guard)
-    checkpointing = make_checkpointing(cfg, world, folder, data, clock, checkpoint, metrics)
-    trial = make_trial_report(cfg, folder, world, clock, metrics)
-    agreement = RankAgreement(bad_samples, [staging.retries, trial.vote, *checkpointing.votes])
-    told = (checkpointing.after_evaluation, trial.after_evaluation)
-    validation = make_validation(cfg, folder, data, clock, metrics, told)
-    start = RunStart(
-        folder,
-        rank_log,
-        config=plain(cfg),
-        config_text=OmegaConf.to_yaml(cfg, resolve=True),
-        resume=resume.source,
-        checkpoint=checkpoint.path if checkpoint else None,
-        data_fingerprint=data.fingerprint(),
-        announce=lambda: announce(console, cfg, folder, module, data, world),
-    )
-    search = [make_micro_batch_search(cfg, model, world)] if cfg.micro_batch_size == "auto" else []
-    sample_log = [SampleLog(folder.path / "samples")] if cfg.data.sample_log else []
-    watchdog = make_watchdog(cfg, folder)
-    # The search comes before anything is timed.
-    callbacks: list[L.Callback] = [watchdog, start, *search, guard, bad_samples, staging, agreement, metrics]
-    callbacks += [*sample_log, checkpointing, ProgressDisplay(metrics, console), validation, trial]
-    loggers = make_loggers(cfg, folder, checkpointing.writer)
-    trainer = make_trainer(cfg, world, folder, callbacks, loggers)
-    with rank_log.noting_errors():
-        rollback = _fit(trainer, module, data, checkpoint)
-    if rollback:
-        return rollback
-
-    summary = {
-        "run_name": cfg.run_name,
-        "complete": module.samples_seen >= clock.total_samples,
-        "stopped_by_signal": agreement.stopped_by_signal,
-        "pruned": trial.pruned,
-        "samples_seen": module.samples_seen,
-        "steps": trainer.global_step,
-        "samples_per_second": metrics.samples_per_second,
-        "world_size": world.size,
-        "micro_batch_size": module.micro_batch_size,
-        "longest_checkpoint_stall_seconds": checkpointing.longest_stall,
-        "rollbacks": guard.rollbacks,
-        "metrics": {**metrics.latest, **validation.latest},
-    }
-    if trainer.is_global_zero:
-        folder.write_summary(summary)
-    return summary
+        load_initial_weights(module.model, Path(cfg.init_from))
+    return RunPlan(cfg, world, folder, data, clock, module, resume, checkpoint, undone)
 
 
-def _fit(
-    trainer: L.Trainer, module: ClipModule, data: ClipDataModule, checkpoint: Checkpoint | None
-) -> RollBack | None:
+def _fit(trainer: L.Trainer, plan: RunPlan) -> RollBack | None:
     keep_workers()
+    checkpoint = plan.checkpoint.path if plan.checkpoint else None
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint.path if checkpoint else None, weights_only=True)
+        trainer.fit(plan.module, datamodule=plan.data, ckpt_path=checkpoint, weights_only=True)
     except RollBack as rollback:
         return rollback.with_traceback(None)  # which holds the model
     finally:
         let_workers_end()
+
+
+def _summary(trainer: L.Trainer, plan: RunPlan, callbacks: RunCallbacks) -> dict[str, Any]:
+    module, metrics = plan.module, callbacks.metrics
+    return {
+        "run_name": plan.cfg.run_name,
+        "complete": module.samples_seen >= plan.clock.total_samples,
+        "stopped_by_signal": callbacks.agreement.stopped_by_signal,
+        "pruned": callbacks.trial.pruned,
+        "samples_seen": module.samples_seen,
+        "steps": trainer.global_step,
+        "samples_per_second": metrics.samples_per_second,
+        "world_size": plan.world.size,
+        "micro_batch_size": module.micro_batch_size,
+        "longest_checkpoint_stall_seconds": callbacks.checkpointing.longest_stall,
+        "rollbacks": callbacks.guard.rollbacks,
+        "metrics": {**metrics.latest, **callbacks.validation.latest},
+    }

@@ -12,6 +12,7 @@ from clip_train.errors import ConfigError
 from clip_train.evaluation.features import Features, encode_pairs
 from clip_train.evaluation.retrieval import METRICS, retrieval_metrics
 from clip_train.training.durations import passes
+from clip_train.training.fsdp import whole_weights
 from clip_train.training.metrics import TrainMetrics, log_metrics
 from clip_train.training.module import ClipModule
 
@@ -63,13 +64,14 @@ class Validation(Callback):
 
     def _evaluate(self, trainer: L.Trainer, pl_module: ClipModule, final: bool) -> None:
         for number, (name, batches) in enumerate(self.sets.items()):
-            features = encode_pairs(
-                pl_module.model,
-                batches,
-                batch_size=self.batch_size,
-                num_workers=self.num_workers,
-                autocast=trainer.precision_plugin.forward_context(),
-            )
+            with whole_weights(pl_module.model):
+                features = encode_pairs(
+                    pl_module.model,
+                    batches,
+                    batch_size=self.batch_size,
+                    num_workers=self.num_workers,
+                    autocast=trainer.precision_plugin.forward_context(),
+                )
             scores = retrieval_metrics(features, pl_module.model.logit_scale.exp().item())
             metrics = {f"val/{name}/{key}": value for key, value in scores.items()}
             self.latest.update(metrics)

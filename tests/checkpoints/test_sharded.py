@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from clip_train.checkpoints.folder import list_checkpoints, read_checkpoint
-from clip_train.checkpoints.restore import restore_model, restore_optimizer
+from clip_train.checkpoints.restore import restore_optimizer
 from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.snapshot import SnapshotTaker
 from clip_train.checkpoints.writer import CheckpointWriter
@@ -18,10 +18,9 @@ from tests.checkpoints.states import assert_equal, make_model, make_state, state
 from tests.ranks import run_on_ranks
 
 
-def make_sharded(mesh_shape: tuple[int, ...], seed: int = 0) -> nn.Module:
+def shard(model: nn.Module, mesh_shape: tuple[int, ...]) -> nn.Module:
     names = ("replicate", "shard")[-len(mesh_shape) :]
     mesh = init_device_mesh("cpu", mesh_shape, mesh_dim_names=names)
-    model = make_model(seed)
     for layer in model.children():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -29,7 +28,7 @@ def make_sharded(mesh_shape: tuple[int, ...], seed: int = 0) -> nn.Module:
 
 
 def save_sharded(folder: Path, mesh_shape: tuple[int, ...]) -> int:
-    model = make_sharded(mesh_shape)
+    model = shard(make_model(), mesh_shape)
     state = state_of(model, train_a_little(model))
     assert all(isinstance(weight, DTensor) for weight in state["state_dict"].values())
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -59,10 +58,12 @@ def test_shards_are_written_by_each_rank_and_make_up_the_whole(tmp_path, mesh_sh
 
 def restore_and_go_on(folder: Path, mesh_shape: tuple[int, ...] | None) -> dict[str, torch.Tensor]:
     """The whole weights two steps after the checkpoint."""
-    model = make_sharded(mesh_shape, seed=1) if mesh_shape else make_model(seed=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     state = read_checkpoint(list_checkpoints(folder)[0])
-    restore_model(model, state["state_dict"])
+    model = make_model(seed=1)
+    model.load_state_dict(state["state_dict"])
+    if mesh_shape:
+        shard(model, mesh_shape)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     restore_optimizer(optimizer, state["optimizer_states"][0])
     train(model, optimizer)
     return {name: w.full_tensor() if isinstance(w, DTensor) else w for name, w in model.state_dict().items()}

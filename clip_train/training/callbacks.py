@@ -1,0 +1,193 @@
+"""What accompanies a run's steps, made from the config: the callbacks and how they know of each other."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from clip_train.checkpoints.mirror import Mirror
+from clip_train.checkpoints.retention import Retention
+from clip_train.checkpoints.writer import CheckpointWriter
+from clip_train.data.tokenizer import VOCAB_SIZE
+from clip_train.training.agreement import RankAgreement
+from clip_train.training.bad_samples import BadSamples
+from clip_train.training.cached_gradients import refuse_batch_norm
+from clip_train.training.checkpointing import Checkpointing
+from clip_train.training.data_module import ClipDataModule
+from clip_train.training.durations import Clock
+from clip_train.training.guard import Guard, RollBack
+from clip_train.training.guard_report import write_report
+from clip_train.training.health import Health
+from clip_train.training.launch import World, cpus_per_process
+from clip_train.training.loader_times import LoaderTimes
+from clip_train.training.metrics import TrainMetrics
+from clip_train.training.micro_batch import MicroBatchSearch
+from clip_train.training.module import ClipModule
+from clip_train.training.parts import plain, timeouts
+from clip_train.training.progress import ProgressDisplay
+from clip_train.training.rank_log import RankLog
+from clip_train.training.resume import Checkpoint, Resume
+from clip_train.training.run_folder import RunFolder, environment
+from clip_train.training.run_start import RunStart
+from clip_train.training.sample_log import SampleLog
+from clip_train.training.shard_staging import ShardStaging
+from clip_train.training.startup import announce
+from clip_train.training.trial_report import TrialReport
+from clip_train.training.validation import AfterEvaluation, Validation, check_best_metric
+from clip_train.training.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What is known of a run before its first step.
+
+    Attributes:
+        checkpoint: what it goes on from; None for a fresh start.
+        undone: the roll-back that led here, if one did.
+    """
+
+    cfg: DictConfig
+    world: World
+    folder: RunFolder
+    data: ClipDataModule
+    clock: Clock
+    module: ClipModule
+    resume: Resume
+    checkpoint: Checkpoint | None
+    undone: RollBack | None
+
+    @property
+    def complete_already(self) -> bool:
+        """Whether there is nothing left to do."""
+        total = self.clock.total_samples
+        at_end = self.checkpoint is not None and self.checkpoint.manifest.samples_seen >= total
+        return at_end and self.folder.is_complete(total)
+
+
+@dataclass(frozen=True)
+class RunCallbacks:
+    """The callbacks of a run that are asked for something after it, and all of them in their order."""
+
+    guard: Guard
+    metrics: TrainMetrics
+    checkpointing: Checkpointing
+    trial: TrialReport
+    agreement: RankAgreement
+    validation: Validation
+    in_order: list[L.Callback]
+
+
+def make_callbacks(plan: RunPlan, rank_log: RankLog, console: Console) -> RunCallbacks:
+    """All callbacks of the run, told of each other."""
+    cfg, folder = plan.cfg, plan.folder
+    bad_samples = BadSamples(folder.path / "bad_samples.csv", cfg.data.max_bad_fraction)
+    staging = ShardStaging(plan.data)
+    guard = _guard(plan, last_checkpoint=lambda: checkpointing.newest())
+    metrics = _metrics(plan, bad_samples, staging, guard)
+    checkpointing = _checkpointing(plan, metrics)
+    trial = TrialReport(folder.path, plan.world.rank, plan.clock.cadence(cfg.eval.every, "eval.every"), metrics)
+    agreement = RankAgreement(bad_samples, [staging.retries, trial.vote, *checkpointing.votes])
+    validation = _validation(plan, metrics, (checkpointing.after_evaluation, trial.after_evaluation))
+    watchdog = Watchdog(folder.path / "stacks", *timeouts(cfg))
+    start = _start(plan, rank_log, console)
+    search = [_micro_batch_search(plan)] if cfg.micro_batch_size == "auto" else []
+    sample_log = [SampleLog(folder.path / "samples")] if cfg.data.sample_log else []
+    progress = ProgressDisplay(metrics, console)
+    # The search comes before anything is timed.
+    in_order = [watchdog, start, *search, guard, bad_samples, staging, agreement, metrics]
+    in_order += [*sample_log, checkpointing, progress, validation, trial]
+    return RunCallbacks(guard, metrics, checkpointing, trial, agreement, validation, in_order)
+
+
+def _start(plan: RunPlan, rank_log: RankLog, console: Console) -> RunStart:
+    return RunStart(
+        plan.folder,
+        rank_log,
+        config=plain(plan.cfg),
+        config_text=OmegaConf.to_yaml(plan.cfg, resolve=True),
+        resume=plan.resume.source,
+        checkpoint=plan.checkpoint.path if plan.checkpoint else None,
+        data_fingerprint=plan.data.fingerprint(),
+        announce=lambda: announce(console, plan.cfg, plan.folder, plan.module, plan.data, plan.world),
+    )
+
+
+def _guard(plan: RunPlan, last_checkpoint: Callable[[], tuple[Path, int] | None]) -> Guard:
+    settings, report = plan.cfg.guard, plan.folder.path / "guard_report.json"
+    return Guard(
+        max_bad_steps=settings.max_bad_steps,
+        max_rollbacks=settings.max_rollbacks,
+        health=Health(
+            spike_window=settings.spike.window,
+            spike_deviations=settings.spike.deviations,
+            scale_steps=settings.logit_scale.steps_at_limit,
+            least_scale=settings.logit_scale.least,
+        ),
+        last_checkpoint=last_checkpoint,
+        report=partial(write_report, report, batches=plan.data.batches, config=plain(plan.cfg)),
+        undone=plan.undone,
+    )
+
+
+def _metrics(plan: RunPlan, bad_samples: BadSamples, staging: ShardStaging, guard: Guard) -> TrainMetrics:
+    cfg, data = plan.cfg, plan.data
+    return TrainMetrics(
+        cfg.trainer.log_every,
+        cfg.batch_size,
+        data_metrics=lambda position: {**bad_samples.metrics(), **staging.metrics(), **data.metrics(position)},
+        loader_times=LoaderTimes(data.num_workers, cpus_per_process(plan.world), cfg.data.decode),
+        guard=guard,
+    )
+
+
+def _checkpointing(plan: RunPlan, metrics: TrainMetrics) -> Checkpointing:
+    settings, world = plan.cfg.checkpoint, plan.world
+    check_best_metric(settings.best_metric, plan.data.val_sets)
+    writer = CheckpointWriter(
+        plan.folder.checkpoints,
+        Retention(settings.keep, settings.keep_best, settings.best_metric, settings.best_mode),
+        rank=world.rank,
+        ranks=world.size if plan.cfg.trainer.strategy == "fsdp" else 1,  # that have something to write
+        mirror=Mirror(settings.mirror) if settings.mirror else None,
+    )
+    return Checkpointing(
+        writer,
+        every_samples=plan.clock.cadence(settings.every, "checkpoint.every"),
+        every_minutes=settings.every_minutes,
+        milestone_samples=plan.clock.cadence(settings.milestones, "checkpoint.milestones"),
+        asynchronous=settings.asynchronous,
+        resumed_from=plan.checkpoint.path if plan.checkpoint else None,
+        about=lambda: {
+            "run_name": plan.cfg.run_name,
+            "world_size": world.size,
+            "config": plain(plan.cfg),
+            "data": plan.data.describe_data(),
+            "environment": environment(),
+            "wandb_run_id": plan.folder.wandb_run_id,
+        },
+        metrics=metrics,
+    )
+
+
+def _validation(plan: RunPlan, metrics: TrainMetrics, after: Sequence[AfterEvaluation]) -> Validation:
+    settings = plan.cfg.eval
+    return Validation(
+        plan.data.val_sets,
+        every_samples=plan.clock.cadence(settings.every, "eval.every"),
+        batch_size=settings.batch_size,
+        num_workers=plan.data.num_workers,
+        picture=plan.folder.path / "retrieval.png" if settings.picture else None,
+        metrics=metrics,
+        after=after,
+    )
+
+
+def _micro_batch_search(plan: RunPlan) -> MicroBatchSearch:
+    refuse_batch_norm(plan.module.model)
+    model, world = plan.cfg.model, plan.world
+    local_batch = plan.cfg.batch_size // world.size
+    return MicroBatchSearch(local_batch, model.image_size, model.text.context_length, VOCAB_SIZE, world.devices)

@@ -1,0 +1,108 @@
+"""Weights, gradients and optimizer state in shards, one per rank, by FSDP2 (Zhao et al., 2023, arXiv:2304.11277)."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from clip_train.checkpoints.restore import restore_optimizer
+from clip_train.distributed import group_size
+from clip_train.models import DualEncoder
+from clip_train.training.module import ClipModule
+
+
+class ShardedStrategy(DDPStrategy):
+    """Lightning's DDP strategy, but that the towers are sharded where it would wrap the module.
+
+    Checkpoints are restored as under DDP: weights before sharding, the optimizer's state after it, cut as the weights
+    are.
+    """
+
+    _exchanges = True
+
+    def configure_ddp(self) -> None:
+        shard_towers(self._encoder, init_device_mesh(self.root_device.type, (group_size(),)))
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Backward inside adds up gradients on each rank, and exchanges none."""
+        self._set_exchange(False)
+        try:
+            yield
+        finally:
+            self._set_exchange(True)
+
+    @property
+    def _encoder(self) -> DualEncoder:
+        return cast(ClipModule, self.lightning_module).model
+
+    def _set_exchange(self, on: bool) -> None:
+        self._exchanges = on
+        for shard in _shards(self._encoder):
+            shard.set_requires_gradient_sync(on, recurse=False)
+
+    def post_backward(self, closure_loss: Tensor) -> None:
+        if self._exchanges:
+            average_gradients(
+                self._encoder.parameters(recurse=False)
+            )  # the scalars beside the towers, which stay whole
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            restore_optimizer(optimizer, state)
+
+
+def shard_towers(model: DualEncoder, mesh: DeviceMesh) -> None:
+    """Shard each block of both towers, and what is left of each tower; the logit scale and bias stay whole.
+
+    A block's weights are gathered for its forward and again for its backward; a tower's own stay gathered in between.
+    """
+    for tower in (model.vision, model.text):
+        for block in repeated_blocks(tower):
+            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(tower, mesh=mesh, reshard_after_forward=False)
+
+
+def repeated_blocks(tower: nn.Module) -> list[nn.Module]:
+    """What a tower is made of, inner ones first: transformer blocks, or a convolutional network's blocks and stages."""
+    rows = [list(module) for module in tower.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
+    return [
+        block
+        for row in reversed(rows)  # modules() names the outer ones first
+        if len(row) > 1 and len({type(block) for block in row}) == 1
+        for block in row
+        if not isinstance(block, nn.ModuleList) and any(True for _ in block.parameters())
+    ]
+
+
+def average_gradients(parameters: Iterator[nn.Parameter]) -> None:
+    """The mean over ranks of each gradient, on every rank."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= group_size()
+
+
+@contextmanager
+def whole_weights(model: nn.Module) -> Iterator[None]:
+    """Weights gathered once, so that ranks may encode different numbers of batches; nothing new if not sharded."""
+    shards = _shards(model)
+    towers = list(model.children())
+    for shard in shards:
+        shard.set_reshard_after_forward(False, recurse=False)
+        shard.unshard()
+    try:
+        yield
+    finally:
+        for shard in shards:
+            shard.reshard()
+            shard.set_reshard_after_forward(shard not in towers, recurse=False)
+
+
+def _shards(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
