@@ -50,19 +50,20 @@ def check_model(path: Path, expected: Mapping[str, tuple[int, ...]]) -> None:
     Raises:
         ConfigError: it is of another; names what differs.
     """
-    found = weight_shapes(path)
+    if differences := weight_differences(expected, weight_shapes(path)):
+        raise ConfigError(f"resume: {path} is of another model; its weights: {differences}")
+
+
+def weight_differences(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str:
+    """How found weights differ in name and shape from those of the model; empty if they do not."""
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    misshapen = sorted(name for name in expected.keys() & found.keys() if expected[name] != found[name])
-    differences = [
-        f"{len(names)} {kind}: {_some(names)}"
-        for kind, names in (("missing", missing), ("unexpected", unexpected))
-        if names
+    misshapen = [
+        f"{name} is {list(found[name])}, not {list(expected[name])}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name] != found[name]
     ]
-    if misshapen:
-        shapes = [f"{name} is {list(found[name])}, not {list(expected[name])}" for name in misshapen]
-        differences.append(f"{len(misshapen)} of another shape: {_some(shapes)}")
-    if differences:
-        raise ConfigError(f"resume: {path} is of another model; its weights: {'; '.join(differences)}")
+    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+    return "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds if names)
 
 
 def check_data(path: Path, differences: Collection[str], allowed: bool) -> None:

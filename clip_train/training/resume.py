@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from safetensors import SafetensorError
 from torch import nn
 
-from clip_train.checkpoints.choice import changed_settings, check_data, check_model, newest_valid
+from clip_train.checkpoints.choice import changed_settings, check_data, check_model, newest_valid, weight_differences
 from clip_train.checkpoints.folder import InvalidCheckpointError, Manifest, read_weights, verify
 from clip_train.checkpoints.tensor_files import read_tensors
 from clip_train.data.fingerprint import differences
@@ -135,16 +135,8 @@ def load_initial_weights(model: nn.Module, path: Path) -> None:
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"init_from={path}: cannot be read ({error}); give a checkpoint or .safetensors") from error
     weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
-    expected = model.state_dict()
-    differ = sorted(
-        name
-        for name in expected.keys() | weights.keys()
-        if name not in expected or name not in weights or expected[name].shape != weights[name].shape
-    )
-    if differ:
-        raise ConfigError(
-            f"init_from={path}: of another model: {len(differ)} of {len(expected)} weights are missing, unexpected"
-            f" or of another shape: {', '.join(differ[:3])}"
-        )
+    expected, found = ({name: tuple(w.shape) for name, w in side.items()} for side in (model.state_dict(), weights))
+    if differences := weight_differences(expected, found):
+        raise ConfigError(f"init_from={path}: of another model; its weights: {differences}")
     model.load_state_dict(weights)
     log.info("starting from the weights of %s", path)
