@@ -8,6 +8,8 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
+from clip_train.data import remote
+
 
 @contextmanager
 def s3_server() -> Iterator[Any]:
@@ -20,5 +22,6 @@ def s3_server() -> Iterator[Any]:
         patch.setenv("AWS_ACCESS_KEY_ID", "testing")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        remote._make_filesystem.cache_clear()  # those that know another server
         yield boto3.client("s3")
     server.stop()

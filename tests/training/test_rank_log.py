@@ -12,6 +12,7 @@ from clip_train.training.rank_log import start_rank_log
 def loggers_as_before():
     names = ("", "clip_train", "lightning", "lightning.pytorch", "lightning.fabric", "torch", "transformers")
     loggers = [logging.getLogger(name) for name in names]
+    logging.captureWarnings(False)
     before, hook = [list(logger.handlers) for logger in loggers], threading.excepthook
     yield
     for logger, handlers in zip(loggers, before, strict=True):

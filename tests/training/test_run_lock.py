@@ -40,7 +40,9 @@ def test_one_process_at_a_time(tmp_path):
 def test_it_waits_for_one_that_is_ending(tmp_path):
     process = start(tmp_path, "import time; time.sleep(2)\n")
     lock_run(tmp_path, patience=100)
+    assert f"process {os.getpid()} " in (tmp_path / ".lock").read_text()
     process.communicate()
+    assert process.returncode == 0
 
 
 def test_a_forked_worker_that_is_left_does_not_keep_it(tmp_path):
