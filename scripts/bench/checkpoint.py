@@ -28,6 +28,12 @@ from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.commands.program import config_dir
 from clip_train.data.files import write_atomic
 
+NOTES = """
+`stall` is how long the call keeps training waiting; the files are complete later. Medians over saves made in turn. What
+ours writes also has checksums and is forced to the disk. The first asynchronous save of a run takes the memory for its
+copy; later ones use it again. A loop of matrix products on one core stands for training.
+"""
+
 Save = Callable[[dict, Path], Callable[[], None]]  # begins a save; what it returns waits until the files are complete
 
 
@@ -49,7 +55,7 @@ def main() -> None:
         shutil.rmtree(folder)
         dist.destroy_process_group()
     machine = "".join(f"- {key}: {value}\n" for key, value in describe_machine().items())
-    report = f"{machine}- model: {args.model}, {size(state) / 1e9:.2f} GB of weights and AdamW state\n\n{table}"
+    report = f"{machine}- model: {args.model}, {size(state) / 1e9:.2f} GB of weights and AdamW state\n\n{table}\n{NOTES}"
     print(report)
     if args.out:
         write_atomic(args.out, report.encode())
