@@ -55,7 +55,8 @@ def main() -> None:
         shutil.rmtree(folder)
         dist.destroy_process_group()
     machine = "".join(f"- {key}: {value}\n" for key, value in describe_machine().items())
-    report = f"{machine}- model: {args.model}, {size(state) / 1e9:.2f} GB of weights and AdamW state\n\n{table}\n{NOTES}"
+    saved = f"- model: {args.model}, {size(state) / 1e9:.2f} GB of weights and AdamW state\n"
+    report = f"{machine}{saved}\n{table}{NOTES}"
     print(report)
     if args.out:
         write_atomic(args.out, report.encode())
