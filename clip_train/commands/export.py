@@ -1,4 +1,4 @@
-"""clip-export: the weights of a checkpoint, for other programs."""
+"""clip-export: weights for other programs."""
 
 from pathlib import Path
 
@@ -13,14 +13,17 @@ def main() -> None:
 
 
 def _export(cfg: DictConfig) -> int:
+    from omegaconf import OmegaConf
+
     from clip_train.errors import ConfigError
-    from clip_train.interop.single_file import export_single_file
+    from clip_train.interop.exporting import export
 
     for key in ("weights", "output"):
         if cfg[key] is None:
             raise ConfigError(f"{key} has no value: give {key}=...")
-    count = export_single_file(Path(cfg.weights), Path(cfg.output))
-    print(f"wrote {count} weights to {cfg.output}")
+    model = OmegaConf.to_container(cfg.model, resolve=True) if "model" in cfg else None
+    written = export(str(cfg.weights), Path(str(cfg.output)), str(cfg.format), model)  # pyright: ignore[reportArgumentType]
+    print(f"wrote {written}")
     return EXIT_DONE
 
 

@@ -89,10 +89,8 @@ def clean_caption(caption: str) -> str:
 
 @cache  # it takes a tenth of a second, and nothing changes it
 def _byte_pair_tokenizer() -> Tokenizer:
-    merges = _read_merges()
-    letters = _byte_letters()
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges)]
-    vocabulary = {word: number for number, word in enumerate([*words, START_TOKEN, END_TOKEN])}
+    words, merges = byte_pair_vocabulary()
+    vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -106,6 +104,13 @@ def _byte_pair_tokenizer() -> Tokenizer:
     )
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in (START_TOKEN, END_TOKEN)])
     return tokenizer
+
+
+def byte_pair_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
+    """The words of CLIP's vocabulary in the order of their ids, start and end token last, and the merges."""
+    merges, letters = _read_merges(), _byte_letters()
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges)]
+    return [*words, START_TOKEN, END_TOKEN], merges
 
 
 def _read_merges() -> list[tuple[str, str]]:

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from safetensors import SafetensorError
 from torch import nn
 
-from clip_train.checkpoints.choice import changed_settings, check_data, check_model, newest_valid, weight_differences
-from clip_train.checkpoints.folder import InvalidCheckpointError, Manifest, read_weights, verify
-from clip_train.checkpoints.tensor_files import read_tensors
+from clip_train.checkpoints.choice import changed_settings, check_data, check_model, newest_valid
+from clip_train.checkpoints.folder import InvalidCheckpointError, Manifest, verify
 from clip_train.data.fingerprint import differences
 from clip_train.errors import ConfigError
+from clip_train.interop.loading import load_weights
+from clip_train.interop.reading import read_weights
+from clip_train.models import DualEncoder
 from clip_train.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -124,19 +125,11 @@ def check_resumable(
         log.warning("going on with other settings than %s had: %s", checkpoint.path.name, ", ".join(changed))
 
 
-def load_initial_weights(model: nn.Module, path: Path) -> None:
-    """Start from the weights of a checkpoint, or of a safetensors file with the model's own names.
+def load_initial_weights(model: DualEncoder, source: str) -> None:
+    """Start from weights in any layout that is known.
 
     Raises:
-        ConfigError: they cannot be read, or are of another model.
+        ConfigError: they cannot be read, or do not fit the model.
     """
-    try:
-        weights = read_weights(path) if path.is_dir() else read_tensors([path])
-    except (OSError, SafetensorError, ValueError) as error:
-        raise ConfigError(f"init_from={path}: cannot be read ({error}); give a checkpoint or .safetensors") from error
-    weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
-    expected, found = ({name: tuple(w.shape) for name, w in side.items()} for side in (model.state_dict(), weights))
-    if differences := weight_differences(expected, found):
-        raise ConfigError(f"init_from={path}: of another model; its weights: {differences}")
-    model.load_state_dict(weights)
-    log.info("starting from the weights of %s", path)
+    weights = read_weights(source, "init_from", trunk=model.vision.trunk.state_dict().keys())
+    load_weights(model, weights, f"init_from={source}")

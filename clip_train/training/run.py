@@ -89,7 +89,7 @@ def _plan(cfg: DictConfig, world: World, undone: RollBack | None) -> RunPlan:
         about = {"config": plain(cfg), "data": data.describe_data(), "world_size": world.size}
         check_resumable(checkpoint, resume, model=module.model, **about)
     elif cfg.init_from:
-        load_initial_weights(module.model, Path(cfg.init_from))
+        load_initial_weights(module.model, str(cfg.init_from))
     return RunPlan(cfg, world, folder, data, clock, module, resume, checkpoint, undone)
 
 

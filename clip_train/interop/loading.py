@@ -1,0 +1,66 @@
+"""Weights from elsewhere into a model: what fits, what is stretched, and what is refused."""
+
+import logging
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from clip_train.checkpoints.choice import weight_differences
+from clip_train.errors import ConfigError
+from clip_train.interop.reading import Weights
+
+log = logging.getLogger(__name__)
+
+_TOWERS = (("image tower", ("vision.", "visual.", "vision_model.")), ("text tower", ("text",)), ("logits", ("logit_",)))
+
+
+def load_weights(model: nn.Module, weights: Weights, name: str) -> None:
+    """Fill a model. Of an image tower alone, the trunk is filled and all else stays.
+
+    A bias of the logits that only one of the two has is left as it is, or out: losses without one would not see it.
+
+    Args:
+        model: a DualEncoder.
+        weights: under our names.
+        name: of the weights, for messages: `init_from=PATH`.
+
+    Raises:
+        ConfigError: weights are missing, unexpected, or of another shape; lists them by tower.
+    """
+    expected = {
+        key: value for key, value in model.state_dict().items() if weights.complete or key.startswith("vision.trunk.")
+    }
+    found = _with_bias_of(expected, weights.tensors, name)
+    if differences := differences_by_tower(expected, found):
+        raise ConfigError(f"{name} ({weights.layout}) does not fit the model: {differences}")
+    model.load_state_dict(found, strict=weights.complete)
+    log.info("starting from %s: %s, %d weights", name, weights.layout, len(found))
+
+
+def differences_by_tower(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """How found weights differ in name and shape from those of a model, tower by tower; empty if they do not."""
+    shapes = [{key: tuple(value.shape) for key, value in side.items()} for side in (expected, found)]
+    parts = []
+    for tower in dict.fromkeys(map(_tower, (*expected, *found))):
+        of_tower = [{key: shape for key, shape in side.items() if _tower(key) == tower} for side in shapes]
+        if differences := weight_differences(*of_tower):
+            parts.append(f"{tower}: {differences}")
+    return "; ".join(parts)
+
+
+def _tower(name: str) -> str:
+    bare = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.")  # open_clip's text tower
+    if name.startswith(bare):
+        return "text tower"
+    return next((tower for tower, prefixes in _TOWERS if name.startswith(prefixes)), "neither tower")
+
+
+def _with_bias_of(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    found = dict(found)
+    if "logit_bias" in found and "logit_bias" not in expected:
+        log.info("%s: its logit_bias is left out, the model has none", name)
+        del found["logit_bias"]
+    if "logit_bias" in expected and "logit_bias" not in found:
+        log.info("%s has no logit_bias: the model keeps its own", name)
+        found["logit_bias"] = expected["logit_bias"]
+    return found

@@ -1,0 +1,174 @@
+"""A model as a folder that open_clip loads with `local-dir:`: config, weights, and a tokenizer that is not CLIP's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+
+from clip_train.errors import ConfigError
+from clip_train.interop import open_clip
+from clip_train.interop.architecture import TransformerSize, patched_image, text_size, vision_transformer_size
+from clip_train.interop.model_source import ModelSource
+from clip_train.interop.tokenizer_files import tokenizer_name, write_tokenizer
+
+_OTHERS = "take format=safetensors or onnx"
+_NORM_EPS = 1e-5  # open_clip's, unless its config says another
+
+
+def write_open_clip_folder(source: ModelSource, folder: Path) -> None:
+    """Fill a folder with what `open_clip.create_model_from_pretrained` and `get_tokenizer` read.
+
+    Raises:
+        ConfigError: open_clip has no such model.
+    """
+    weights = source.model.state_dict()
+    tensors = open_clip.from_ours(weights)
+    if left := sorted(tensors.keys() & (weights.keys() - {"logit_scale", "logit_bias"})):
+        raise ConfigError(f"open_clip's models have no counterpart of {left[0]} (and {len(left) - 1} more): {_OTHERS}")
+    config = {"model_cfg": model_config(source), "preprocess_cfg": _preprocess_config(source)}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, folder / "open_clip_model.safetensors", {"format": "pt"})
+    if tokenizer_name(source.config["text"]) != "clip":
+        write_tokenizer(source.config["text"], folder)
+
+
+def model_config(source: ModelSource) -> dict[str, Any]:
+    """open_clip's config of the model.
+
+    Raises:
+        ConfigError: it has no words for it.
+    """
+    names = source.model.state_dict().keys()
+    vision_kind, text_kind = open_clip.vision_kind(names), open_clip.text_kind(names)
+    if text_kind == "hugging_face":
+        raise ConfigError(
+            f"open_clip would fetch a text encoder of transformers from the Hub, not from a folder: {_OTHERS}"
+        )
+    text = text_size(source.model.text.trunk)
+    quick_gelu = text.activation == "quick_gelu"
+    config: dict[str, Any] = {
+        "embed_dim": source.embed_dim,
+        "vision_cfg": _VISION_CONFIGS[vision_kind](source, quick_gelu),
+        "text_cfg": _text_config(source, text),
+    }
+    if quick_gelu:
+        config["quick_gelu"] = True
+    if text_kind == "custom":
+        config["custom_text"] = True
+    if source.model.logit_bias is not None:
+        config["init_logit_bias"] = float(source.model.logit_bias)
+    return config
+
+
+def _vision_transformer_config(source: ModelSource, quick_gelu: bool) -> dict[str, Any]:
+    trunk = source.model.vision.trunk
+    if not isinstance(trunk, VisionTransformer) or trunk.global_pool != "token":
+        raise ConfigError(f"open_clip's vision transformer takes the class token, {source.vision_name} not: {_OTHERS}")
+    size, image = vision_transformer_size(trunk), patched_image(trunk)
+    if (size.activation == "quick_gelu") != quick_gelu:
+        raise ConfigError(f"open_clip's towers have QuickGELU both or neither: {_OTHERS}")
+    return {
+        "image_size": image.image_size,
+        "patch_size": image.patch_size,
+        "width": size.width,
+        "layers": size.layers,
+        "head_width": size.width // size.heads,
+        **_block_config(size),
+    }
+
+
+def _resnet_config(source: ModelSource, quick_gelu: bool) -> dict[str, Any]:
+    trunk = source.model.vision.trunk
+    width: int = trunk.stages[0][0].conv1_1x1.conv.out_channels  # pyright: ignore
+    return {
+        "image_size": source.image_size,
+        "layers": [len(stage) for stage in trunk.stages],  # pyright: ignore
+        "width": width,
+        "head_width": 32 * width // trunk.head.num_heads,  # pyright: ignore
+        "patch_size": None,
+    }
+
+
+def _timm_config(source: ModelSource, quick_gelu: bool) -> dict[str, Any]:
+    """Of a model that open_clip makes by timm's name, and can give no further options.
+
+    Raises:
+        ConfigError: it would be made with other ones than ours.
+    """
+    vision, trunk = source.config["vision"], source.model.vision.trunk
+    options = {key: value for key, value in (vision.get("options") or {}).items() if key != "num_classes"}
+    if options or quick_gelu:
+        changed = ", ".join(options) or "quick_gelu"
+        raise ConfigError(f"open_clip makes {vision['name']} without options, this one has {changed}: {_OTHERS}")
+    default_size = trunk.default_cfg["input_size"][-1]  # pyright: ignore
+    if hasattr(trunk, "pos_embed") and default_size != source.image_size:
+        raise ConfigError(
+            f"open_clip makes {vision['name']} for {default_size} pixels, this one has {source.image_size}: {_OTHERS}"
+        )
+    names = source.model.state_dict().keys()
+    projection = "none"
+    if "vision.projection.weight" in names:
+        projection = "linear"
+    elif "vision.projection.0.weight" in names:
+        projection = "mlp"
+    elif getattr(trunk, "num_classes", 0):
+        projection = ""  # the trunk's own last layer
+    pool = getattr(trunk, "global_pool", "")
+    return {
+        "image_size": source.image_size,
+        "timm_model_name": vision["name"],
+        "timm_model_pretrained": False,
+        "timm_pool": pool if isinstance(pool, str) else "",
+        "timm_proj": projection,
+        "timm_proj_bias": bool({"vision.projection.bias", "vision.projection.2.bias"} & names),
+    }
+
+
+_VISION_CONFIGS = {"clip": _vision_transformer_config, "resnet": _resnet_config, "timm": _timm_config}
+
+
+def _text_config(source: ModelSource, size: TransformerSize) -> dict[str, Any]:
+    text, trunk = source.config["text"], source.model.text.trunk
+    config: dict[str, Any] = {
+        "context_length": trunk.config.max_position_embeddings,
+        "vocab_size": trunk.config.vocab_size,
+        "width": size.width,
+        "layers": size.layers,
+        "heads": size.heads,
+        **_block_config(size),
+    }
+    if trunk.config.model_type == "siglip_text_model":
+        config |= {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
+    if tokenizer_name(text) != "clip":
+        config |= {
+            "hf_tokenizer_name": tokenizer_name(text),
+            "tokenizer_kwargs": {"clean": text.get("clean", "whitespace")},
+        }
+    return config
+
+
+def _block_config(size: TransformerSize) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    if size.mlp_width != 4 * size.width:
+        ratio = size.mlp_width / size.width
+        # open_clip rounds the product down; half a unit more than the quotient cannot fall short.
+        config["mlp_ratio"] = (
+            ratio if int(size.width * ratio) == size.mlp_width else (size.mlp_width + 0.5) / size.width
+        )
+    if size.norm_eps != _NORM_EPS:
+        config["norm_kwargs"] = {"eps": size.norm_eps}
+    if size.activation == "gelu_pytorch_tanh":
+        config["act_kwargs"] = {"approximate": "tanh"}
+    return config
+
+
+def _preprocess_config(source: ModelSource) -> dict[str, Any]:
+    return {
+        "mean": list(source.image_mean),
+        "std": list(source.image_std),
+        "interpolation": source.interpolation,
+        "resize_mode": source.resize_mode,
+    }

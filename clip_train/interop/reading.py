@@ -1,0 +1,208 @@
+"""Weights from a file, a folder or the Hugging Face Hub, whatever their layout; nothing in them is run as code."""
+
+import json
+import pickle
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from clip_train.checkpoints.folder import MANIFEST, InvalidCheckpointError, Manifest, verify
+from clip_train.checkpoints.folder import read_weights as read_checkpoint_weights
+from clip_train.checkpoints.tensor_files import read_tensors
+from clip_train.errors import ConfigError
+from clip_train.interop import hugging_face, open_clip
+from clip_train.interop.torchscript import is_torchscript, read_torchscript
+
+HUB = "hf-hub:"
+# What a folder of open_clip, of transformers or of timm may hold, the best first.
+_FOLDER_FILES = (
+    "open_clip_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_pytorch_model.safetensors",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_WRAPPERS = ("state_dict", "model")  # under which a training checkpoint has its weights
+_PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, a LightningModule
+# A name that only this layout has, what it is called, and the way to our names.
+_LAYOUTS: tuple[tuple[str, str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]], ...] = (
+    ("vision.trunk.", "clip-train's", dict),
+    ("visual.", "open_clip's", open_clip.to_ours),
+    ("vision_model.", "Hugging Face's", hugging_face.to_ours),
+)
+_CLASSIFIERS = ("head.", "fc.", "classifier.", "mask_token")  # of an image tower that was trained alone
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights under our names, in the precision they were stored in.
+
+    Attributes:
+        tensors: by name; a name that has no place in our models is as it was found.
+        layout: where the names came from, in words.
+        complete: False for an image tower alone.
+        manifest: of a checkpoint of ours, else None.
+    """
+
+    tensors: dict[str, Tensor]
+    layout: str
+    complete: bool = True
+    manifest: Manifest | None = None
+
+
+def read_weights(source: str, key: str, trunk: Collection[str] = ()) -> Weights:
+    """Read weights and bring them under our names.
+
+    Args:
+        source: a checkpoint of ours; a file of safetensors, of `torch.save` or of TorchScript; a folder of open_clip,
+            transformers or timm; or `hf-hub:organisation/name` of such a folder.
+        key: the setting it came from, for messages.
+        trunk: names of the weights of the model's timm trunk; a file that has most of them is an image tower.
+
+    Raises:
+        ConfigError: it is not there, cannot be read without running code, or is in no known layout.
+    """
+    try:
+        if source.startswith(HUB):
+            return _recognised(_read_folder(_hub_files(source, key)), trunk)
+        path = Path(source)
+        if (path / MANIFEST).exists():
+            manifest = verify(path)
+            tensors = _without_prefixes(read_checkpoint_weights(path))
+            return Weights(tensors, "a checkpoint of clip-train", manifest=manifest)
+        if path.is_dir():
+            return _recognised(_read_folder(lambda name: path / name if (path / name).exists() else None), trunk)
+        return _recognised(_read_file(path), trunk)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{key}={source}: {error}" if error.errno is None else f"{key}={source}: not there"
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            f"{key}={source}: refused, as reading it could run code ({_first_line(error)});"
+            " save its state dict alone, or as safetensors"
+        ) from error
+    except (InvalidCheckpointError, SafetensorError, OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
+        raise ConfigError(f"{key}={source}: cannot be read as weights ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
+
+
+def _read_folder(file_of: Callable[[str], Path | None]) -> tuple[dict[str, Tensor], str]:
+    """The weights of a folder whose files `file_of` gives by name, None for one that there is not.
+
+    Raises:
+        FileNotFoundError: it holds no weights, or not all parts of them.
+    """
+    for name in _FOLDER_FILES:
+        path = file_of(name)
+        if path is None:
+            continue
+        if not name.endswith(".index.json"):
+            return _read_file(path)
+        tensors: dict[str, Tensor] = {}
+        for part in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+            if (part_path := file_of(part)) is None:
+                raise FileNotFoundError(f"{part}, which {name} names, is not there")
+            tensors |= _read_file(part_path)[0]
+        return tensors, f"in {name}"
+    raise FileNotFoundError(
+        f"the folder has neither {MANIFEST} (a checkpoint of ours) nor any of {', '.join(_FOLDER_FILES)}"
+    )
+
+
+def _read_file(path: Path) -> tuple[dict[str, Tensor], str]:
+    """Tensors by name, and what held them.
+
+    Raises:
+        pickle.UnpicklingError: reading it could run code.
+        Others: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        head = file.read(9)
+    if head[8:] == b"{":  # after the eight bytes of the header's length
+        return read_tensors([path]), "safetensors"
+    if is_torchscript(path):
+        return read_torchscript(path), "a TorchScript archive"
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(weight, Tensor) for weight in content.values()):
+        raise ValueError("it holds no state dict")
+    return dict(content), "a state dict of torch"
+
+
+def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in _PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _recognised(read: tuple[dict[str, Tensor], str], trunk: Collection[str]) -> Weights:
+    """The tensors under our names.
+
+    Raises:
+        ValueError: their names are of no known layout.
+    """
+    tensors, container = _without_prefixes(read[0]), read[1]
+    for prefix, layout, to_ours in _LAYOUTS:
+        if any(name.startswith(prefix) for name in tensors):
+            return Weights(to_ours(tensors), f"{layout} names, {container}")
+    if 2 * len(tensors.keys() & set(trunk)) > len(trunk) > 0:
+        kept = {n: w for n, w in tensors.items() if n in trunk or not n.startswith(_CLASSIFIERS)}
+        ours = {f"vision.trunk.{name}": weight for name, weight in kept.items()}
+        return Weights(ours, f"an image tower with timm's names, {container}", complete=False)
+    raise ValueError(f"names such as {', '.join(sorted(tensors)[:3])} are of no layout that is known here")
+
+
+def _hub_files(source: str, key: str) -> Callable[[str], Path | None]:
+    """Files of a repository on the Hub, from the cache or the network.
+
+    Raises (when called):
+        ConfigError: there is no such repository, or neither a network nor a copy.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    name = source.removeprefix(HUB)
+    unreachable: dict[str, Any] = {}
+
+    def file_of(file: str) -> Path | None:
+        try:
+            return Path(hf_hub_download(name, file))
+        except LocalEntryNotFoundError:  # no network; another file may be in the cache
+            unreachable[file] = True
+        except EntryNotFoundError:
+            pass
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            raise ConfigError(
+                f"{key}={source}: the Hub shows you no such repository; check the name, or run `hf auth login`"
+            ) from error
+        except HfHubHTTPError as error:
+            raise ConfigError(f"{key}={source}: the Hub answers {_first_line(error)}") from error
+        if len(unreachable) == len(_FOLDER_FILES):
+            raise ConfigError(
+                f"{key}={source}: the Hub cannot be reached and the cache has no copy;"
+                " give the path of one, or run this once where there is a network"
+            )
+        return None
+
+    return file_of
