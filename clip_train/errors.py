@@ -27,3 +27,8 @@ class RunExistsError(ClipTrainError):
 
 class SaveError(ClipTrainError):
     """The last checkpoint of a run could not be written."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of another library's message, for a message of one line."""
+    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__

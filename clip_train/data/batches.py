@@ -20,7 +20,7 @@ from clip_train.data.order import SampleOrder
 from clip_train.data.pairs import PairReader, UnusableSample
 from clip_train.data.stages import StageClock
 from clip_train.data.staging import Stager
-from clip_train.data.tokenizer import ClipTokenizer
+from clip_train.data.tokenizer_choice import CaptionTokenizer
 from clip_train.errors import DataError
 
 _MAX_CONSECUTIVE_BAD = 100
@@ -77,7 +77,7 @@ class TrainBatches(Dataset[Batch]):
     reader: PairReader
     order: SampleOrder | Mixture
     augmentation: Augmentation
-    tokenizer: ClipTokenizer
+    tokenizer: CaptionTokenizer
     image_size: int
     batch_size: int
     rank: int = 0

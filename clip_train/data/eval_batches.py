@@ -13,7 +13,7 @@ from clip_train.data.captions import UnusableCaption
 from clip_train.data.decoding import MAX_IMAGE_PIXELS, Pixels, UnusableImage
 from clip_train.data.pairs import PairReader, UnusableSample
 from clip_train.data.preprocessing import preprocess
-from clip_train.data.tokenizer import ClipTokenizer
+from clip_train.data.tokenizer_choice import CaptionTokenizer
 from clip_train.errors import DataError
 
 
@@ -22,7 +22,7 @@ class EvalBatches(Dataset[Batch]):
     """Slices of a validation set: fixed crop, first caption. A sample that cannot be used is an error."""
 
     reader: PairReader
-    tokenizer: ClipTokenizer
+    tokenizer: CaptionTokenizer
     image_size: int
     resize_mode: str = "shortest"
     interpolation: str = "bicubic"

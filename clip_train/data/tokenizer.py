@@ -2,7 +2,6 @@
 
 import gzip
 import html
-import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -12,9 +11,9 @@ import numpy as np
 from jaxtyping import Int64
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 
-from clip_train.errors import ConfigError
+from clip_train.data.long_captions import LONG_CAPTIONS as LONG_CAPTIONS
+from clip_train.data.long_captions import check_long_captions, shorten
 
-LONG_CAPTIONS = ("truncate", "random_crop", "sentence")
 VOCAB_SIZE = 49408
 START_TOKEN, END_TOKEN = "<start_of_text>", "<end_of_text>"
 START_ID, END_ID = VOCAB_SIZE - 2, VOCAB_SIZE - 1
@@ -22,7 +21,6 @@ _NUM_MERGES = VOCAB_SIZE - 2 - 512  # 256 bytes, each alone and at the end of a 
 # The original pattern ignores case. Captions are lower-cased before, so that this shows in two characters only: the
 # long s matches 's', and U+0345 (a mark whose capital is a letter) matches neither class and is dropped.
 _WORDS = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{0345}]+"
-_SENTENCE_END = re.compile(r"""(?<=[.!?]) |(?<=[.!?]["'”’)]) |(?<=[。！？])""")
 
 
 class ClipTokenizer:
@@ -37,9 +35,10 @@ class ClipTokenizer:
         ConfigError: `long_captions` is none of these.
     """
 
+    vocab_size, pad_id, end_id = VOCAB_SIZE, 0, END_ID
+
     def __init__(self, context_length: int = 77, long_captions: str = "truncate") -> None:
-        if long_captions not in LONG_CAPTIONS:
-            raise ConfigError(f"data.long_captions={long_captions} is none of {', '.join(LONG_CAPTIONS)}")
+        check_long_captions(long_captions)
         self.context_length, self.long_captions = context_length, long_captions
         self._tokenizer = _byte_pair_tokenizer()
 
@@ -58,33 +57,26 @@ class ClipTokenizer:
         for i, encoding in enumerate(encodings):
             row = encoding.ids
             if len(row) > self.context_length:
-                row = [START_ID, *self._shortened(cleaned[i], row[1:-1], None if draws is None else draws[i]), END_ID]
+                draw, room = None if draws is None else draws[i], self.context_length - 2
+                kept = shorten(row[1:-1], room, self.long_captions, draw, cleaned[i], self._bare_ids)
+                row = [START_ID, *kept, END_ID]
             ids[i, : len(row)] = row
         return ids
 
-    def _shortened(self, caption: str, ids: list[int], draw: float | None) -> list[int]:
-        """At most `context_length - 2` ids of a cleaned caption that has more."""
-        room = self.context_length - 2
-        if draw is None or self.long_captions == "truncate":
-            return ids[:room]
-        if self.long_captions == "random_crop":
-            first = int(draw * (len(ids) - room + 1))
-            return ids[first : first + room]
-        sentences = [sentence for sentence in _SENTENCE_END.split(caption) if sentence]
-        sentences = sentences[int(draw * len(sentences)) :]
-        kept: list[int] = []
-        for encoding in self._tokenizer.encode_batch_fast(sentences, add_special_tokens=False):
-            if kept and len(kept) + len(encoding.ids) > room:
-                break
-            kept += encoding.ids
-        return kept[:room]
+    def _bare_ids(self, sentences: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(sentences, add_special_tokens=False)]
 
 
 def clean_caption(caption: str) -> str:
-    """Mend broken Unicode, resolve HTML entities (twice, as they are often escaped twice), collapse blanks, lower."""
-    if not (caption.isascii() and caption.isprintable() and "&" not in caption):  # else there is nothing to mend
-        caption = html.unescape(html.unescape(ftfy.fix_text(caption)))
-    return " ".join(caption.split()).lower()
+    """Mend it, collapse blanks, lower."""
+    return " ".join(mend_caption(caption).split()).lower()
+
+
+def mend_caption(caption: str) -> str:
+    """Mend broken Unicode, and resolve HTML entities, twice, as they are often escaped twice."""
+    if caption.isascii() and caption.isprintable() and "&" not in caption:
+        return caption  # there is nothing to mend
+    return html.unescape(html.unescape(ftfy.fix_text(caption)))
 
 
 @cache  # it takes a tenth of a second, and nothing changes it

@@ -37,7 +37,7 @@ def encode_pairs(
     """
     rank, world_size = group_rank(), group_size()
     device = model.logit_scale.device
-    width = model.vision.projection.out_features
+    width = model.embed_dim
     images, texts, error = [torch.empty(0, width, device=device)], [torch.empty(0, width, device=device)], ""
     was_training = model.training
     model.eval()

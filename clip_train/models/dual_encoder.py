@@ -8,8 +8,15 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from clip_train.data.tokenizer import VOCAB_SIZE
+from clip_train.errors import ConfigError
+from clip_train.models.hf_text import HFTextTower
+from clip_train.models.siglip_text import SiglipTextTower
+from clip_train.models.text_config import CLIP, SIGLIP, TextConfig
 from clip_train.models.text_tower import TextTower
 from clip_train.models.vision_tower import VisionTower
+
+AnyTextTower = TextTower | SiglipTextTower | HFTextTower
 
 # Mean and standard deviation of the red, green and blue of OpenAI's training pictures.
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -17,6 +24,8 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
+
+_VISION_KEYS = ("name", "options", "proj", "pretrained", "patch_dropout")
 
 
 class DualEncoder(nn.Module):
@@ -26,6 +35,7 @@ class DualEncoder(nn.Module):
         logit_scale: log of the inverse temperature. It stays in fp32 whatever the model is converted to: in bf16 its
             step near ln 100 is 0.03. So does the bias.
         logit_bias: what the sigmoid loss adds to the logits; None where the loss has no bias.
+        embed_dim: width of the embedding.
     """
 
     image_mean: Tensor
@@ -35,13 +45,14 @@ class DualEncoder(nn.Module):
     def __init__(
         self,
         vision: VisionTower,
-        text: TextTower,
+        text: AnyTextTower,
         image_mean: Sequence[float] = OPENAI_MEAN,
         image_std: Sequence[float] = OPENAI_STD,
         init_logit_scale: float = INITIAL_LOGIT_SCALE,
         init_logit_bias: float | None = None,
     ) -> None:
         super().__init__()
+        self.embed_dim = vision.embed_dim
         self.vision = vision
         self.text = text
         self.logit_scale = nn.Parameter(torch.tensor(float(init_logit_scale)))
@@ -99,6 +110,8 @@ def create_dual_encoder(
     text: Mapping,
     quick_gelu: bool = False,
     grad_checkpointing: bool = False,
+    resize_mode: str = "shortest",
+    interpolation: str = "bicubic",
     image_mean: Sequence[float] = OPENAI_MEAN,
     image_std: Sequence[float] = OPENAI_STD,
     init_logit_scale: float = INITIAL_LOGIT_SCALE,
@@ -109,20 +122,23 @@ def create_dual_encoder(
     Args:
         embed_dim: width of the joint embedding.
         image_size: side of the input, in pixels.
-        vision: `name` of a timm model and `options` for it.
-        text: `width`, `layers`, `heads` and `context_length`.
-        quick_gelu: activation of both towers; OpenAI's weights need it.
+        vision: `name` of a timm model, and what else `VisionTower` takes.
+        text: entries of `TextConfig`.
+        quick_gelu: activation of the image tower and of CLIP's text tower; OpenAI's weights need it.
         grad_checkpointing: recompute both towers' blocks in backward.
+        resize_mode, interpolation: of the preparation of pictures, which is not done here.
         image_mean, image_std: normalisation of the pixels, for values in [0, 1].
         init_logit_scale: where the log of the inverse temperature starts.
         init_logit_bias: where the bias of the sigmoid loss starts; None for no bias.
 
     Raises:
-        ConfigError: the vision model is unknown or refuses its options.
+        ConfigError: a tower is unknown, cannot be loaded, or refuses a setting.
     """
+    if unknown := sorted(set(vision) - set(_VISION_KEYS)):
+        raise ConfigError(f"model.vision.{unknown[0]}: no such key; there are {', '.join(_VISION_KEYS)}")
     model = DualEncoder(
-        VisionTower(vision["name"], image_size, embed_dim, quick_gelu, vision.get("options")),
-        TextTower(**text, embed_dim=embed_dim, quick_gelu=quick_gelu),
+        VisionTower(**vision, image_size=image_size, embed_dim=embed_dim, quick_gelu=quick_gelu),
+        _text_tower(TextConfig.of(text), embed_dim, quick_gelu),
         image_mean,
         image_std,
         init_logit_scale,
@@ -132,3 +148,22 @@ def create_dual_encoder(
         model.vision.enable_grad_checkpointing()
         model.text.enable_grad_checkpointing()
     return model
+
+
+def _text_tower(text: TextConfig, embed_dim: int, quick_gelu: bool) -> AnyTextTower:
+    length = {"context_length": text.context_length, "embed_dim": embed_dim}
+    if text.name not in (CLIP, SIGLIP):
+        return HFTextTower(
+            text.name,
+            **length,
+            pretrained=text.pretrained,
+            pool=text.pool,
+            proj=text.proj,
+            proj_bias=text.proj_bias,
+            options=text.options,
+        )
+    size = {"width": text.width, "layers": text.layers, "heads": text.heads, "mlp_ratio": text.mlp_ratio}
+    size["vocab_size"] = text.vocab_size or VOCAB_SIZE
+    if text.name == SIGLIP:
+        return SiglipTextTower(**length, **size, hidden_act=text.hidden_act)
+    return TextTower(**length, **size, quick_gelu=quick_gelu, proj=text.proj, proj_bias=text.proj_bias)

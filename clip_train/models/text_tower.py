@@ -1,51 +1,75 @@
-"""The text encoder: CLIP's causal transformer from transformers, pooled at the end token, and a projection."""
+"""CLIP's text encoder: the causal transformer from transformers, pooled at the end token, and a projection."""
 
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
-from clip_train.data.tokenizer import END_ID, START_ID, VOCAB_SIZE
-from clip_train.errors import ConfigError
+from clip_train.data.tokenizer import VOCAB_SIZE
+from clip_train.errors import ConfigError, first_line
+from clip_train.models.projection import make_projection
 
 
 class TextTower(nn.Module):
     """Token ids to unnormalised embeddings.
 
-    What follows the end token does not matter: attention is causal and the feature is read there.
+    What follows the end token does not matter: attention is causal and the feature is read there. The end token is the
+    last of the vocabulary, the start token the one before.
 
     Args:
-        width, layers, heads: size of the transformer.
+        width, layers, heads, mlp_ratio: size of the transformer.
         context_length: most tokens in a text.
         embed_dim: width of the joint embedding.
         quick_gelu: OpenAI's x * sigmoid(1.702 x) for GELU.
+        vocab_size: of the token table.
+        proj, proj_bias: `linear`, `mlp` or `none`, and whether its last layer has a bias.
 
     Raises:
-        ConfigError: the width does not divide over the heads.
+        ConfigError: the width does not divide over the heads, or the projection cannot be made.
     """
 
+    pad_id: int | None = None  # any will do
+
     def __init__(
-        self, width: int, layers: int, heads: int, context_length: int, embed_dim: int, quick_gelu: bool = False
+        self,
+        width: int,
+        layers: int,
+        heads: int,
+        context_length: int,
+        embed_dim: int,
+        quick_gelu: bool = False,
+        vocab_size: int = VOCAB_SIZE,
+        mlp_ratio: float = 4.0,
+        proj: str = "linear",
+        proj_bias: bool = False,
     ) -> None:
         super().__init__()
         if width % heads:
             raise ConfigError(f"model.text: width={width} is not a multiple of heads={heads}")
+        self.vocab_size, self.end_id = vocab_size, vocab_size - 1
         config = CLIPTextConfig(
-            vocab_size=VOCAB_SIZE,
+            vocab_size=vocab_size,
             hidden_size=width,
-            intermediate_size=4 * width,
+            intermediate_size=int(mlp_ratio * width),
             projection_dim=embed_dim,
             num_hidden_layers=layers,
             num_attention_heads=heads,
             max_position_embeddings=context_length,
             hidden_act="quick_gelu" if quick_gelu else "gelu",
             layer_norm_eps=1e-5,
-            bos_token_id=START_ID,
-            eos_token_id=END_ID,
+            bos_token_id=vocab_size - 2,
+            eos_token_id=self.end_id,
             pad_token_id=0,
         )
         self.trunk = CLIPTextModel(config)
-        self.projection = nn.Linear(width, embed_dim, bias=False)
-        nn.init.normal_(self.projection.weight, std=width**-0.5)
+        self.projection = make_projection(
+            proj,
+            width,
+            embed_dim,
+            "model.text",
+            mlp_width=(width + embed_dim) // 2,
+            mlp_bias=False,
+            bias=proj_bias,
+        )
         init_text_transformer(self.trunk)
 
     def forward(self, ids: Int64[Tensor, "b context"]) -> Float[Tensor, "b embed"]:
@@ -53,9 +77,21 @@ class TextTower(nn.Module):
 
     def enable_grad_checkpointing(self) -> None:
         """Recompute each block's activations in backward instead of keeping them."""
-        trunk = self.trunk  # the method's older name goes away in transformers 6, the newer came with 5.23
-        enable = getattr(trunk, "activation_checkpointing_enable", None) or trunk.gradient_checkpointing_enable
+        checkpoint_blocks(self.trunk)
+
+
+def checkpoint_blocks(trunk: PreTrainedModel) -> None:
+    """Recompute the activations of each block of a transformer in backward.
+
+    Raises:
+        ConfigError: transformers' model cannot.
+    """
+    # The method's older name goes away in transformers 6, the newer came with 5.23.
+    enable = getattr(trunk, "activation_checkpointing_enable", None) or trunk.gradient_checkpointing_enable
+    try:
         enable({"use_reentrant": False})
+    except ValueError as error:
+        raise ConfigError(f"model.grad_checkpointing: {first_line(error)}; give false") from error
 
 
 def init_text_transformer(trunk: CLIPTextModel) -> None:

@@ -12,7 +12,6 @@ from rich.console import Console
 from clip_train.checkpoints.mirror import Mirror
 from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.writer import CheckpointWriter
-from clip_train.data.tokenizer import VOCAB_SIZE
 from clip_train.training.agreement import RankAgreement
 from clip_train.training.bad_samples import BadSamples
 from clip_train.training.cached_gradients import refuse_batch_norm
@@ -188,6 +187,7 @@ def _validation(plan: RunPlan, metrics: TrainMetrics, after: Sequence[AfterEvalu
 
 def _micro_batch_search(plan: RunPlan) -> MicroBatchSearch:
     refuse_batch_norm(plan.module.model)
-    model, world = plan.cfg.model, plan.world
-    local_batch = plan.cfg.batch_size // world.size
-    return MicroBatchSearch(local_batch, model.image_size, model.text.context_length, VOCAB_SIZE, world.devices)
+    world, tokenizer = plan.world, plan.data.batches.tokenizer
+    local_batch, vocab_size = plan.cfg.batch_size // world.size, plan.module.model.text.vocab_size
+    image_size = plan.cfg.model.image_size
+    return MicroBatchSearch(local_batch, image_size, tokenizer.context_length, vocab_size, world.devices)

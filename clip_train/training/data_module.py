@@ -24,7 +24,7 @@ from clip_train.data.shard_cache import parse_bytes
 from clip_train.data.shards import expand_shards
 from clip_train.data.sources import open_sources, order_sources
 from clip_train.data.staging import Stager
-from clip_train.data.tokenizer import ClipTokenizer
+from clip_train.data.tokenizer_choice import CaptionTokenizer
 from clip_train.errors import ConfigError, DataError
 from clip_train.training.launch import World, cpus_per_process
 from clip_train.training.module import ClipModule
@@ -37,7 +37,8 @@ class ClipDataModule(L.LightningDataModule):
 
     Args:
         data: the `data` group of the configs.
-        image_size, context_length: what the model takes.
+        image_size: what the model takes.
+        tokenizer: captions to what the model takes.
         batch_size: pairs per step over all ranks.
         seed: decides order and augmentation.
         world: the processes of the run.
@@ -48,7 +49,14 @@ class ClipDataModule(L.LightningDataModule):
     """
 
     def __init__(
-        self, data: Mapping[str, Any], *, image_size: int, context_length: int, batch_size: int, seed: int, world: World
+        self,
+        data: Mapping[str, Any],
+        *,
+        image_size: int,
+        tokenizer: CaptionTokenizer,
+        batch_size: int,
+        seed: int,
+        world: World,
     ) -> None:
         super().__init__()
         self.world, self.batch_size = world, batch_size
@@ -70,7 +78,7 @@ class ClipDataModule(L.LightningDataModule):
                 self.sources, train["weights"], seed=seed, lanes=data["lanes"], window=data["shuffle_window"]
             ),
             augmentation=Augmentation(**data["augmentation"]),
-            tokenizer=ClipTokenizer(context_length, data["long_captions"]),
+            tokenizer=tokenizer,
             image_size=image_size,
             batch_size=batch_size,
             rank=world.rank,
@@ -86,7 +94,7 @@ class ClipDataModule(L.LightningDataModule):
         self.val_sets = {
             name: EvalBatches(
                 self._open_val(name, patterns, val),
-                ClipTokenizer(context_length),
+                tokenizer,
                 image_size,
                 val["resize_mode"],
                 val["interpolation"],

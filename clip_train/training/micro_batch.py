@@ -63,7 +63,7 @@ def _hold_what_a_step_holds(module: ClipModule, images: Tensor, texts: Tensor, p
     held = [torch.ones_like(parameter) for _ in range(moments) for parameter in parameters]
     # The loss: both features, their gradients and those of the gathered texts, with these.
     rows = 4 * len(images) + 2 * module.clock.batch_size
-    held.append(torch.ones(rows, module.model.vision.projection.out_features, device=module.device))
+    held.append(torch.ones(rows, module.model.embed_dim, device=module.device))
     held.append(torch.ones(_MARGIN // 4, device=module.device))
     try:
         with module.trainer.precision_plugin.train_step_context():

@@ -16,7 +16,11 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from clip_train.checkpoints.writer import CheckpointWriter
+from clip_train.data.tokenizer_choice import CaptionTokenizer, choose_tokenizer
+from clip_train.errors import ConfigError
 from clip_train.models import create_dual_encoder
+from clip_train.models.dual_encoder import AnyTextTower
+from clip_train.models.text_config import TextConfig
 from clip_train.training.checkpointing import FolderCheckpointIO
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.durations import Clock, seconds_of
@@ -40,14 +44,30 @@ def make_module(cfg: DictConfig, clock: Clock) -> ClipModule:
 
 def open_data(cfg: DictConfig, world: World) -> ClipDataModule:
     """The training stream and the validation sets."""
+    text = TextConfig.of(plain(cfg.model.text))
     return ClipDataModule(
         plain(cfg.data),
         image_size=cfg.model.image_size,
-        context_length=cfg.model.text.context_length,
+        tokenizer=choose_tokenizer(text.tokenizer_name, text.context_length, cfg.data.long_captions, text.clean),
         batch_size=cfg.batch_size,
         seed=cfg.seed,
         world=world,
     )
+
+
+def check_tokenizer(tokenizer: CaptionTokenizer, text: AnyTextTower) -> None:
+    """Raises ConfigError if the text tower cannot take the tokenizer's ids, or takes them for something else."""
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ConfigError(
+            f"model.text.tokenizer has {tokenizer.vocab_size:,} ids and the text tower {text.vocab_size:,}:"
+            " give the tokenizer that goes with the tower, or model.text.vocab_size"
+        )
+    for what, ours, theirs in (("pads with", tokenizer.pad_id, text.pad_id), ("ends with", tokenizer.end_id, text.end_id)):
+        if theirs is not None and ours != theirs:
+            raise ConfigError(
+                f"model.text.tokenizer {what} id {ours}, the text tower expects {theirs}:"
+                " give the tokenizer that goes with the tower"
+            )
 
 
 def make_loss(cfg: DictConfig) -> Callable[..., Tensor]:

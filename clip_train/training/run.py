@@ -17,7 +17,7 @@ from clip_train.training.config_check import check_config
 from clip_train.training.durations import RUN_LENGTH_KEYS, Clock
 from clip_train.training.guard import RollBack
 from clip_train.training.launch import World, find_world, started_by_lightning
-from clip_train.training.parts import make_loggers, make_module, make_trainer, open_data, plain
+from clip_train.training.parts import check_tokenizer, make_loggers, make_module, make_trainer, open_data, plain
 from clip_train.training.rank_log import start_rank_log
 from clip_train.training.resume import Resume, check_resumable, find_checkpoint, load_initial_weights
 from clip_train.training.run_folder import RunFolder, default_run_name
@@ -84,6 +84,7 @@ def _plan(cfg: DictConfig, world: World, undone: RollBack | None) -> RunPlan:
     data = open_data(cfg, world)
     clock = Clock.of_run(cfg.batch_size, data.num_samples, **{key: cfg[key] for key in RUN_LENGTH_KEYS})
     module = make_module(cfg, clock)
+    check_tokenizer(data.batches.tokenizer, module.model.text)
     checkpoint = find_checkpoint(folder, resume)
     if checkpoint:
         about = {"config": plain(cfg), "data": data.describe_data(), "world_size": world.size}

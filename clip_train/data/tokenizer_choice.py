@@ -1,0 +1,46 @@
+"""CLIP's tokenizer or one of transformers: what they have in common, and which it is to be."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int64
+
+from clip_train.data.hf_tokenizer import HFTokenizer
+from clip_train.data.tokenizer import ClipTokenizer
+
+
+class CaptionTokenizer(Protocol):
+    """Captions to rows of token ids.
+
+    Attributes:
+        context_length: ids per caption.
+        vocab_size: all ids are less.
+        pad_id: what short captions are filled up with.
+        end_id: of the token that ends a caption, if there is one.
+    """
+
+    context_length: int
+    vocab_size: int
+    pad_id: int | None
+    end_id: int | None
+
+    def __call__(
+        self, captions: Sequence[str], draws: Sequence[float] | np.ndarray | None = None
+    ) -> Int64[np.ndarray, "captions context"]: ...
+
+
+def choose_tokenizer(
+    name: str, context_length: int, long_captions: str = "truncate", clean: str = "whitespace"
+) -> CaptionTokenizer:
+    """CLIP's tokenizer for the name `clip`, and else the one of transformers.
+
+    Args:
+        clean: for those of transformers; CLIP's has its own way.
+
+    Raises:
+        ConfigError: there is no such tokenizer, or a choice is none that there are.
+    """
+    if name == "clip":
+        return ClipTokenizer(context_length, long_captions)
+    return HFTokenizer(name, context_length, long_captions, clean)
