@@ -1,6 +1,7 @@
 """The README.md of an exported model: what it saw, how good it was, how to use it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -50,8 +51,8 @@ def model_card(source: ModelSource, format: str) -> str:
         "---",
         f"# {_title(source)}",
         "",
-        f"Trained with clip_train; {_count(source):,} parameters; embeddings of {source.embed_dim} numbers; images of"
-        f" {source.image_size} x {source.image_size} pixels.",
+        f"Images of {source.image_size} x {source.image_size} pixels and texts to embeddings of {source.embed_dim} numbers;"
+        f" {_count(source):,} parameters. {'Trained' if source.manifest else 'Exported'} with clip_train.",
         "",
         "## Use",
         "",
@@ -77,7 +78,7 @@ def _count(source: ModelSource) -> int:
 def _training(source: ModelSource) -> list[str]:
     """What the checkpoint tells of its run."""
     if source.manifest is None:
-        return [f"The weights were read from {source.name}; how they were trained is not known here.", ""]
+        return [f"Its weights were read from `{Path(source.name).name}`; how they were trained is not known here.", ""]
     about = source.manifest.about
     config, data = about.get("config", {}), about.get("data", {})
     lines = ["## Training", "", f"- samples seen: {source.manifest.samples_seen:,}"]

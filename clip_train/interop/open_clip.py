@@ -1,7 +1,7 @@
 """The layouts of open_clip, which are also those of OpenAI's CLIP.
 
 An image tower is open_clip's own vision transformer (`visual.transformer`), its ResNet (`visual.layer1`), or a timm
-model (`visual.trunk`). A text tower lies bare (`transformer.resblocks`), or in a module of its own (`text.transformer`),
+model (`visual.trunk`). A text tower lies bare (`transformer.resblocks`), or in a module (`text.transformer`),
 where it may be one of transformers' models too.
 """
 

@@ -15,6 +15,8 @@ from clip_train.interop.tokenizer_files import tokenizer_name, write_tokenizer
 
 _OTHERS = "take format=safetensors or onnx"
 _NORM_EPS = 1e-5  # open_clip's, unless its config says another
+# Options of a timm model that training sees, or that are said elsewhere in open_clip's config.
+_HARMLESS = {"num_classes", "weight_init", "fix_init"}
 
 
 def write_open_clip_folder(source: ModelSource, folder: Path) -> None:
@@ -99,7 +101,7 @@ def _timm_config(source: ModelSource, quick_gelu: bool) -> dict[str, Any]:
         ConfigError: it would be made with other ones than ours.
     """
     vision, trunk = source.config["vision"], source.model.vision.trunk
-    options = {key: value for key, value in (vision.get("options") or {}).items() if key != "num_classes"}
+    options = [key for key in vision.get("options") or {} if key not in _HARMLESS and not key.startswith("drop")]
     if options or quick_gelu:
         changed = ", ".join(options) or "quick_gelu"
         raise ConfigError(f"open_clip makes {vision['name']} without options, this one has {changed}: {_OTHERS}")

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ _LAYOUTS: tuple[tuple[str, str, Callable[[Mapping[str, Tensor]], dict[str, Tenso
     ("visual.", "open_clip's", open_clip.to_ours),
     ("vision_model.", "Hugging Face's", hugging_face.to_ours),
 )
+_ASKS_FOR = re.compile(r"Unsupported (?:global|class): (?:GLOBAL )?(\S+)")  # in torch's message of many lines
 _CLASSIFIERS = ("head.", "fc.", "classifier.", "mask_token")  # of an image tower that was trained alone
 
 
@@ -133,7 +135,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], str]:
         return read_tensors([path]), "safetensors"
     if is_torchscript(path):
         return read_torchscript(path), "a TorchScript archive"
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    content = _load_without_code(path)
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -141,6 +143,15 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], str]:
     if not isinstance(content, Mapping) or not all(isinstance(weight, Tensor) for weight in content.values()):
         raise ValueError("it holds no state dict")
     return dict(content), "a state dict of torch"
+
+
+def _load_without_code(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if asks_for := _ASKS_FOR.search(str(error)):
+            raise pickle.UnpicklingError(f"it asks for {asks_for[1]}, which is no tensor") from error
+        raise ValueError("it is neither safetensors nor a state dict of torch") from error
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
