@@ -80,7 +80,7 @@ def test_export(tmp_path, whole):
     assert all(torch.equal(found[name.removeprefix("model.")], weight) for name, weight in read_weights(source).items())
     done = subprocess.run([*command, f"weights={tmp_path}", f"output={output}"], capture_output=True, check=False)
     assert done.returncode == 2
-    assert b"it has no manifest.json; give the folder of a checkpoint" in done.stderr
+    assert b"the folder has neither manifest.json (a checkpoint of ours) nor any of" in done.stderr
 
 
 def environment() -> dict[str, str]:
