@@ -1,5 +1,7 @@
 """open_clip's weights under our names."""
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -11,12 +13,20 @@ _RENAMED = {
     "positional_embedding": ("text.trunk.embeddings.position_embedding.weight", None),
     "token_embedding.weight": ("text.trunk.embeddings.token_embedding.weight", None),
     "text_projection": ("text.projection.weight", lambda w: w.T),
+    "text_projection.weight": ("text.trunk.head.weight", None),  # SigLIP's
+    "text_projection.bias": ("text.trunk.head.bias", None),
     "logit_scale": ("logit_scale", None),
+    "logit_bias": ("logit_bias", None),
 }
 _PREFIXES = {
     "visual.ln_pre.": "vision.trunk.norm_pre.",
     "visual.ln_post.": "vision.trunk.norm.",
     "ln_final.": "text.trunk.final_layer_norm.",
+    "visual.trunk.": "vision.trunk.",  # timm's models
+    "visual.head.proj.": "vision.projection.",
+    "visual.attnpool.": "vision.trunk.head.",
+    "visual.layer": "vision.trunk.stages.",
+    "visual.": "vision.trunk.stem.",  # what is left of a ResNet
 }
 _VISION_BLOCK = {
     "ln_1": "norm1",
@@ -33,13 +43,22 @@ _TEXT_BLOCK = {
     "mlp.c_fc": "mlp.fc1",
     "mlp.c_proj": "mlp.fc2",
 }
+_ATTENTION_POOL = {
+    "positional_embedding": "pos_embed",
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "c_proj": "proj",
+}
+_BOTTLENECK = {"1": "conv1_1x1", "2": "conv2_kxk", "3": "conv3_1x1"}
 
 
 def from_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename and reshape a state dict of open_clip's `CLIP`."""
+    """Rename and reshape a state dict of open_clip's `CLIP` or `CustomTextCLIP`."""
     ours: dict[str, Tensor] = {}
     for name, weight in weights.items():
-        if name in _RENAMED:
+        name = name.removeprefix("text.")
+        if name in _RENAMED and not (name == "visual.conv1.weight" and "visual.bn1.weight" in weights):  # a ResNet's
             new_name, change = _RENAMED[name]
             ours[new_name] = change(weight) if change else weight
         elif name.startswith("visual.transformer.resblocks."):
@@ -54,8 +73,23 @@ def from_open_clip(weights: dict[str, Tensor]) -> dict[str, Tensor]:
                 ours["text.trunk.encoder.layers." + _replace(rest, _TEXT_BLOCK)] = weight
         else:
             prefix = next(prefix for prefix in _PREFIXES if name.startswith(prefix))
-            ours[name.replace(prefix, _PREFIXES[prefix])] = weight
+            rest = name.removeprefix(prefix)
+            if prefix == "visual.attnpool.":
+                rest = _replace(rest, _ATTENTION_POOL)
+            elif prefix in ("visual.layer", "visual."):
+                rest = _resnet_layer(rest, stem=prefix == "visual.")
+            ours[_PREFIXES[prefix] + rest] = weight
     return ours
+
+
+def _resnet_layer(name: str, stem: bool) -> str:
+    """timm's name of a layer of the stem, `conv2.weight`, or of a stage, `4.0.bn1.weight`."""
+    if stem:
+        return re.sub(r"^(conv|bn)(\d)\.", r"conv\2.\1.", name)
+    stage, block, rest = name.split(".", 2)
+    rest = rest.replace("downsample.0.", "shortcut.conv.conv.").replace("downsample.1.", "shortcut.conv.bn.")
+    rest = re.sub(r"^(conv|bn)(\d)\.", lambda found: f"{_BOTTLENECK[found[2]]}.{found[1]}.", rest)
+    return f"{int(stage) - 1}.{block}.{rest}"
 
 
 def _replace(name: str, parts: dict[str, str]) -> str:

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from clip_train.models import create_dual_encoder
+from tests.models.configs import load_config
 from tests.models.open_clip_weights import from_open_clip
-from tests.models.test_dual_encoder import load_config
+
 
 CAPTIONS = ["a photo of a cat", "", "an " + "extremely " * 90 + "long caption"]
 

@@ -1,0 +1,41 @@
+"""What trainer.strategy=fsdp shards by: the blocks of every kind of tower."""
+
+import pytest
+import torch
+from torch import nn
+
+from clip_train.models import create_dual_encoder
+from clip_train.training.fsdp import repeated_blocks
+from tests.models.configs import load_config
+
+
+@pytest.mark.parametrize(
+    ("config", "vision", "text"),
+    [
+        ("vit_b_32", {"Block": 12}, {"CLIPEncoderLayer": 12}),
+        ("rn50", {"Bottleneck": 3 + 4 + 6 + 3, "Sequential": 4}, {"CLIPEncoderLayer": 12}),
+        ("vit_b_16_siglip", {"Block": 12}, {"SiglipEncoderLayer": 12}),
+        ("eva02_b_16", {"EvaBlock": 12}, {"CLIPEncoderLayer": 12}),
+        ("convnext_base", {"ConvNeXtBlock": 3 + 3 + 27 + 3, "ConvNeXtStage": 4}, {"CLIPEncoderLayer": 12}),
+        ("align_base", {"InvertedResidual": 51, "DepthwiseSeparableConv": 4, "Sequential": 7}, {"BertLayer": 12}),
+        ("dinov2_b_14", {"Block": 12}, {"CLIPEncoderLayer": 12}),
+    ],
+)
+def test_the_blocks_of_each_family(config, vision, text):
+    with torch.device("meta"):
+        model = create_dual_encoder(**load_config(config))
+    assert kinds(model.vision) == vision
+    assert kinds(model.text) == text
+
+
+def kinds(tower: nn.Module) -> dict[str, int]:
+    """How many blocks of each kind; each once, inner ones first, and all but a little of the weights in them."""
+    blocks = repeated_blocks(tower)
+    assert len({id(block) for block in blocks}) == len(blocks)
+    for number, block in enumerate(blocks):
+        assert not any(later in set(block.modules()) for later in blocks[number + 1 :])
+    covered = {id(p) for block in blocks for p in block.parameters()}
+    rest = [name for name, p in tower.named_parameters() if id(p) not in covered]
+    assert not [name for name in rest if ".blocks." in name or ".layer" in name or ".stages." in name]
+    names = [type(block).__name__ for block in blocks]
+    return {name: names.count(name) for name in names}
