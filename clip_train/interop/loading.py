@@ -1,6 +1,7 @@
 """Weights from elsewhere into a model: what fits, what is stretched, and what is refused."""
 
 import logging
+import math
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -8,19 +9,24 @@ from torch import Tensor, nn
 from clip_train.checkpoints.choice import weight_differences
 from clip_train.errors import ConfigError
 from clip_train.interop.reading import Weights
+from clip_train.models import DualEncoder
+from clip_train.models.positions import resize_image_positions, stretch_text_positions
 
 log = logging.getLogger(__name__)
 
+_IMAGE_POSITIONS = ("vision.trunk.pos_embed", "vision.trunk.head.pos_embed")
+_TEXT_POSITIONS = "text.trunk.embeddings.position_embedding.weight"
 _TOWERS = (("image tower", ("vision.", "visual.", "vision_model.")), ("text tower", ("text",)), ("logits", ("logit_",)))
 
 
-def load_weights(model: nn.Module, weights: Weights, name: str) -> None:
+def load_weights(model: DualEncoder, weights: Weights, name: str) -> None:
     """Fill a model. Of an image tower alone, the trunk is filled and all else stays.
 
-    A bias of the logits that only one of the two has is left as it is, or out: losses without one would not see it.
+    Positions of another image size or text length are interpolated. A bias of the logits that only one of the two has
+    is left as it is, or out: losses without one would not see it.
 
     Args:
-        model: a DualEncoder.
+        model: to be filled.
         weights: under our names.
         name: of the weights, for messages: `init_from=PATH`.
 
@@ -31,6 +37,7 @@ def load_weights(model: nn.Module, weights: Weights, name: str) -> None:
         key: value for key, value in model.state_dict().items() if weights.complete or key.startswith("vision.trunk.")
     }
     found = _with_bias_of(expected, weights.tensors, name)
+    _fit_positions(model, expected, found, name)
     if differences := differences_by_tower(expected, found):
         raise ConfigError(f"{name} ({weights.layout}) does not fit the model: {differences}")
     model.load_state_dict(found, strict=weights.complete)
@@ -64,3 +71,36 @@ def _with_bias_of(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], n
         log.info("%s has no logit_bias: the model keeps its own", name)
         found["logit_bias"] = expected["logit_bias"]
     return found
+
+
+def _fit_positions(model: DualEncoder, expected: Mapping[str, Tensor], found: dict[str, Tensor], name: str) -> None:
+    """Interpolate what was found where only the number of positions differs."""
+    for key in _IMAGE_POSITIONS:
+        if _other_length(expected, found, key):
+            count, (grid, prefix) = found[key].shape[-2], _grid(model.vision.trunk, expected[key].shape[-2])
+            try:
+                found[key] = resize_image_positions(found[key].float(), grid, prefix)
+            except ValueError as error:
+                raise ConfigError(f"{name}: its image positions cannot be interpolated: {error}") from error
+            log.info("%s: %d positions of images interpolated to %d x %d patches", name, count - prefix, *grid)
+    if _other_length(expected, found, _TEXT_POSITIONS):
+        count, length = len(found[_TEXT_POSITIONS]), len(expected[_TEXT_POSITIONS])
+        found[_TEXT_POSITIONS] = stretch_text_positions(found[_TEXT_POSITIONS].float(), length)
+        log.info("%s: %d positions of texts %s %d", name, count, "stretched to" if length > count else "cut to", length)
+
+
+def _other_length(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], key: str) -> bool:
+    """Whether both have these positions, equally wide, and not equally many."""
+    if key not in expected or key not in found or expected[key].ndim != found[key].ndim:
+        return False
+    (*_, length, width), (*_, found_length, found_width) = expected[key].shape, found[key].shape
+    return width == found_width and length != found_length
+
+
+def _grid(trunk: nn.Module, positions: int) -> tuple[tuple[int, int], int]:
+    """Rows and columns of a trunk's positions, and how many more there are before them."""
+    if hasattr(trunk, "patch_embed"):
+        rows, columns = trunk.patch_embed.grid_size  # pyright: ignore
+    else:  # attention pooling over a ResNet's last map
+        rows = columns = math.isqrt(positions)
+    return (rows, columns), positions - rows * columns

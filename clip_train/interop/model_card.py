@@ -51,8 +51,8 @@ def model_card(source: ModelSource, format: str) -> str:
         "---",
         f"# {_title(source)}",
         "",
-        f"Images of {source.image_size} x {source.image_size} pixels and texts to embeddings of {source.embed_dim} numbers;"
-        f" {_count(source):,} parameters. {'Trained' if source.manifest else 'Exported'} with clip_train.",
+        f"{'Trained' if source.manifest else 'Exported'} with clip_train. {_count(source):,} parameters; images of"
+        f" {source.image_size} x {source.image_size} pixels; embeddings of {source.embed_dim} numbers.",
         "",
         "## Use",
         "",

@@ -1,6 +1,7 @@
 """Weights from a file, a folder or the Hugging Face Hub, whatever their layout; nothing in them is run as code."""
 
 import json
+import logging
 import pickle
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -193,14 +194,15 @@ def _hub_files(source: str, key: str) -> Callable[[str], Path | None]:
         RepositoryNotFoundError,
     )
 
-    name = source.removeprefix(HUB)
-    unreachable: dict[str, Any] = {}
+    name, absent, offline = source.removeprefix(HUB), 0, False
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each time it tries again
 
     def file_of(file: str) -> Path | None:
+        nonlocal absent, offline
         try:
-            return Path(hf_hub_download(name, file))
+            return Path(hf_hub_download(name, file, local_files_only=offline))
         except LocalEntryNotFoundError:  # no network; another file may be in the cache
-            unreachable[file] = True
+            offline = True
         except EntryNotFoundError:
             pass
         except (RepositoryNotFoundError, HFValidationError) as error:
@@ -209,7 +211,8 @@ def _hub_files(source: str, key: str) -> Callable[[str], Path | None]:
             ) from error
         except HfHubHTTPError as error:
             raise ConfigError(f"{key}={source}: the Hub answers {_first_line(error)}") from error
-        if len(unreachable) == len(_FOLDER_FILES):
+        absent += 1
+        if offline and absent == len(_FOLDER_FILES):
             raise ConfigError(
                 f"{key}={source}: the Hub cannot be reached and the cache has no copy;"
                 " give the path of one, or run this once where there is a network"

@@ -158,7 +158,9 @@ def test_a_resnet_goes_to_open_clip_and_not_to_transformers(tmp_path):
     config = load_config("rn50")
     with torch.device("meta"):
         source = ModelSource(create_dual_encoder(**config), config, "weights")
-    with pytest.raises(ConfigError, match=r"^transformers' CLIPModel and SiglipModel have no resnet50_clip: take format="):
+    with pytest.raises(
+        ConfigError, match=r"^transformers' CLIPModel and SiglipModel have no resnet50_clip: take format="
+    ):
         write_hugging_face_folder(source, tmp_path)
     found, published = model_config(source), open_clip.get_model_config("RN50-quickgelu")
     defaults = {"head_width": 64}

@@ -18,9 +18,12 @@ from clip_train.interop import open_clip as open_clip_layout
 from clip_train.interop.loading import load_weights
 from clip_train.interop.reading import read_weights
 from clip_train.interop.torchscript import is_torchscript
+from clip_train.models.positions import resize_image_positions, stretch_text_positions
 from tests.checkpoints.states import make_state
 from tests.checkpoints.test_folder import save
 from tests.interop.tiny import CLIP, SIGLIP, assert_close, assert_equal, open_clip_clip, ours, pixels
+
+IMAGE_POSITIONS, TEXT_POSITIONS = "vision.trunk.pos_embed", "text.trunk.embeddings.position_embedding.weight"
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +156,9 @@ def test_a_name_on_the_hub_from_the_cache_and_without(tmp_path, monkeypatch, wei
     save_file(hugging_face.from_ours(weights), snapshot / "model.safetensors")
     assert_equal(read_weights("hf-hub:laboratory/clip", "init_from").tensors, weights)
     shutil.rmtree(repository)
-    with pytest.raises(ConfigError, match=r"^init_from=hf-hub:laboratory/clip: the Hub cannot be reached and the cache"):
+    with pytest.raises(
+        ConfigError, match=r"^init_from=hf-hub:laboratory/clip: the Hub cannot be reached and the cache"
+    ):
         read_weights("hf-hub:laboratory/clip", "init_from")
     with pytest.raises(ConfigError, match=r"no such repository"):
         read_weights("hf-hub:a/b/c", "init_from")
@@ -198,3 +203,16 @@ def test_weights_of_another_family_are_refused(tmp_path):
     save_file(CLIPModel(theirs).state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"image tower: .* missing: .*; text tower: .*"):
         load_weights(ours(SIGLIP), read_weights(str(tmp_path), "init_from"), "init_from=X")
+
+
+def test_positions_of_another_image_size_and_text_length_are_interpolated(tmp_path, weights, caplog):
+    save_file(open_clip_layout.from_ours(weights), tmp_path / "model.safetensors")
+    larger = ours({**CLIP, "image_size": 48, "text": {**CLIP["text"], "context_length": 40}})
+    with caplog.at_level("INFO"):
+        load_weights(larger, read_weights(str(tmp_path), "init_from"), "init_from=X")
+    image, text = (larger.state_dict()[name] for name in (IMAGE_POSITIONS, TEXT_POSITIONS))
+    expected = resize_image_positions(weights[IMAGE_POSITIONS], (6, 6), 1)
+    assert torch.equal(image, expected)
+    assert torch.equal(text, stretch_text_positions(weights[TEXT_POSITIONS], 40))
+    assert "16 positions of images interpolated to 6 x 6 patches" in caplog.text
+    assert "16 positions of texts stretched to 40" in caplog.text

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AlignConfig, AlignModel
 
+from clip_train.interop.open_clip import to_ours as from_open_clip
 from clip_train.models import DualEncoder, create_dual_encoder
 from tests.models.align_weights import from_align
 from tests.models.configs import load_config
-from tests.models.open_clip_weights import from_open_clip
 
 VOCAB = 500
 SMALL_TEXT = ("model.text.layers=1", f"model.text.vocab_size={VOCAB}")

@@ -4,10 +4,9 @@ import open_clip
 import pytest
 import torch
 
+from clip_train.interop.open_clip import to_ours as from_open_clip
 from clip_train.models import create_dual_encoder
 from tests.models.configs import load_config
-from tests.models.open_clip_weights import from_open_clip
-
 
 CAPTIONS = ["a photo of a cat", "", "an " + "extremely " * 90 + "long caption"]
 
