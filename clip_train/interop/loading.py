@@ -31,11 +31,13 @@ def load_weights(model: DualEncoder, weights: Weights, name: str) -> None:
         name: of the weights, for messages: `init_from=PATH`.
 
     Raises:
-        ConfigError: weights are missing, unexpected, or of another shape; lists them by tower.
+        ConfigError: weights are missing, unexpected, or of another shape, listed by tower; or they were trained with
+            another activation.
     """
     expected = {
         key: value for key, value in model.state_dict().items() if weights.complete or key.startswith("vision.trunk.")
     }
+    _check_activation(model, weights, name)
     found = _with_bias_of(expected, weights.tensors, name)
     _fit_positions(model, expected, found, name)
     if differences := differences_by_tower(expected, found):
@@ -60,6 +62,16 @@ def _tower(name: str) -> str:
     if name.startswith(bare):
         return "text tower"
     return next((tower for tower, prefixes in _TOWERS if name.startswith(prefixes)), "neither tower")
+
+
+def _check_activation(model: DualEncoder, weights: Weights, name: str) -> None:
+    """No name or shape would tell, and the embeddings would be poor ones."""
+    activation = getattr(model.text.trunk.config, "hidden_act", None)
+    if None not in (activation, weights.quick_gelu) and (activation == "quick_gelu") != weights.quick_gelu:
+        theirs, setting = ("QuickGELU", "true") if weights.quick_gelu else ("GELU", "false")
+        raise ConfigError(
+            f"{name} was trained with {theirs}, the model has {activation}: give model.quick_gelu={setting}"
+        )
 
 
 def _with_bias_of(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

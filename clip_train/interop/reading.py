@@ -52,12 +52,23 @@ class Weights:
         layout: where the names came from, in words.
         complete: False for an image tower alone.
         manifest: of a checkpoint of ours, else None.
+        quick_gelu: whether they were trained with QuickGELU, which no name or shape tells; None where nothing does.
     """
 
     tensors: dict[str, Tensor]
     layout: str
     complete: bool = True
     manifest: Manifest | None = None
+    quick_gelu: bool | None = None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Tensors by name, what held them, and `quick_gelu` as above."""
+
+    tensors: dict[str, Tensor]
+    container: str
+    quick_gelu: bool | None = None
 
 
 def read_weights(source: str, key: str, trunk: Collection[str] = ()) -> Weights:
@@ -100,7 +111,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
 
 
-def _read_folder(file_of: Callable[[str], Path | None]) -> tuple[dict[str, Tensor], str]:
+def _read_folder(file_of: Callable[[str], Path | None]) -> _Found:
     """The weights of a folder whose files `file_of` gives by name, None for one that there is not.
 
     Raises:
@@ -110,21 +121,33 @@ def _read_folder(file_of: Callable[[str], Path | None]) -> tuple[dict[str, Tenso
         path = file_of(name)
         if path is None:
             continue
-        if not name.endswith(".index.json"):
-            return _read_file(path)
+        parts = [name]
+        if name.endswith(".index.json"):
+            parts = sorted(set(json.loads(path.read_text())["weight_map"].values()))
         tensors: dict[str, Tensor] = {}
-        for part in sorted(set(json.loads(path.read_text())["weight_map"].values())):
+        for part in parts:
             if (part_path := file_of(part)) is None:
                 raise FileNotFoundError(f"{part}, which {name} names, is not there")
-            tensors |= _read_file(part_path)[0]
-        return tensors, f"in {name}"
+            tensors |= _read_file(part_path).tensors
+        return _Found(tensors, f"in {name}", _quick_gelu_of_folder(file_of, name.startswith("open_clip")))
     raise FileNotFoundError(
         f"the folder has neither {MANIFEST} (a checkpoint of ours) nor any of {', '.join(_FOLDER_FILES)}"
     )
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Tensors by name, and what held them.
+def _quick_gelu_of_folder(file_of: Callable[[str], Path | None], open_clips: bool) -> bool | None:
+    """What the config beside the weights says, or leaves at its library's default."""
+    path = file_of("open_clip_config.json" if open_clips else "config.json")
+    config = json.loads(path.read_text()) if path else {}
+    if open_clips:
+        return bool(config["model_cfg"].get("quick_gelu", False)) if "model_cfg" in config else None
+    if config.get("model_type") != "clip":
+        return None
+    return (config.get("text_config") or {}).get("hidden_act", "quick_gelu") == "quick_gelu"
+
+
+def _read_file(path: Path) -> _Found:
+    """The weights of one file.
 
     Raises:
         pickle.UnpicklingError: reading it could run code.
@@ -133,9 +156,9 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], str]:
     with open(path, "rb") as file:
         head = file.read(9)
     if head[8:] == b"{":  # after the eight bytes of the header's length
-        return read_tensors([path]), "safetensors"
+        return _Found(read_tensors([path]), "safetensors")
     if is_torchscript(path):
-        return read_torchscript(path), "a TorchScript archive"
+        return _Found(read_torchscript(path), "a TorchScript archive", quick_gelu=True)  # only OpenAI publishes them
     content = _load_without_code(path)
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
@@ -143,7 +166,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], str]:
             break
     if not isinstance(content, Mapping) or not all(isinstance(weight, Tensor) for weight in content.values()):
         raise ValueError("it holds no state dict")
-    return dict(content), "a state dict of torch"
+    return _Found(dict(content), "a state dict of torch")
 
 
 def _load_without_code(path: Path) -> Any:
@@ -162,16 +185,16 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
-def _recognised(read: tuple[dict[str, Tensor], str], trunk: Collection[str]) -> Weights:
+def _recognised(found: _Found, trunk: Collection[str]) -> Weights:
     """The tensors under our names.
 
     Raises:
         ValueError: their names are of no known layout.
     """
-    tensors, container = _without_prefixes(read[0]), read[1]
+    tensors, container = _without_prefixes(found.tensors), found.container
     for prefix, layout, to_ours in _LAYOUTS:
         if any(name.startswith(prefix) for name in tensors):
-            return Weights(to_ours(tensors), f"{layout} names, {container}")
+            return Weights(to_ours(tensors), f"{layout} names, {container}", quick_gelu=found.quick_gelu)
     if 2 * len(tensors.keys() & set(trunk)) > len(trunk) > 0:
         kept = {n: w for n, w in tensors.items() if n in trunk or not n.startswith(_CLASSIFIERS)}
         ours = {f"vision.trunk.{name}": weight for name, weight in kept.items()}

@@ -216,3 +216,29 @@ def test_positions_of_another_image_size_and_text_length_are_interpolated(tmp_pa
     assert torch.equal(text, stretch_text_positions(weights[TEXT_POSITIONS], 40))
     assert "16 positions of images interpolated to 6 x 6 patches" in caplog.text
     assert "16 positions of texts stretched to 40" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "quick_gelu"),
+    [
+        ("open_clip_model.safetensors", {"open_clip_config.json": {"model_cfg": {"embed_dim": 32}}}, False),
+        ("open_clip_model.safetensors", {"open_clip_config.json": {"model_cfg": {"quick_gelu": True}}}, True),
+        ("model.safetensors", {"config.json": {"model_type": "clip", "text_config": {"hidden_act": "gelu"}}}, False),
+        ("model.safetensors", {"config.json": {"model_type": "clip", "text_config": {}}}, True),
+        ("model.safetensors", {}, None),
+    ],
+)
+def test_another_activation_is_refused_where_a_config_tells(tmp_path, weights, file, config, quick_gelu):
+    save_file(weights, tmp_path / file)
+    for name, content in config.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    found = read_weights(str(tmp_path), "init_from")
+    assert found.quick_gelu is quick_gelu
+    for ours_has in (False, True):
+        model = ours({**CLIP, "quick_gelu": ours_has})
+        if quick_gelu in (None, ours_has):
+            load_weights(model, found, "init_from=X")
+        else:
+            remedy = f"give model.quick_gelu={str(quick_gelu).lower()}$"
+            with pytest.raises(ConfigError, match=rf"^init_from=X was trained with Q?\w*GELU, .*: {remedy}"):
+                load_weights(model, found, "init_from=X")
