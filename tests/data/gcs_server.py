@@ -16,6 +16,7 @@ def gcs_server() -> Iterator[storage.Client]:
     """Run a server on a free port; gives a client of it."""
     server = create_server("127.0.0.1", 0, in_memory=True)
     with server, pytest.MonkeyPatch.context() as patch:
+        assert server._api._httpd  # which alone knows the port
         use_gcs(f"http://127.0.0.1:{server._api._httpd.server_port}", patch)
         yield storage.Client(project="test", credentials=AnonymousCredentials())
 

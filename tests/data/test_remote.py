@@ -3,6 +3,8 @@ import sys
 
 import pytest
 from fsspec.registry import _registry
+from gcsfs.core import GCSFileSystem
+from huggingface_hub import HfFileSystem
 
 from clip_train.data import remote
 from clip_train.data.index import load_index
@@ -10,6 +12,7 @@ from clip_train.data.remote import check_scheme, scheme_of
 from clip_train.data.retries import explain, is_permanent
 from clip_train.data.shard_counts import remote_counts
 from clip_train.data.staging import Stager
+from clip_train.data.store_addresses import google_address, hub_address
 from clip_train.errors import DataError
 from tests.conftest import make_sample, write_shard
 from tests.data.failing_server import Fault
@@ -93,6 +96,29 @@ def test_options_of_the_user_are_kept(server, monkeypatch):
     options = remote._options("http", 5)["client_kwargs"]
     assert options["headers"] == {"X": "1"}
     assert options["timeout"].sock_read == 5
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("hf://datasets/a/b/x/0 1.tar", "/datasets/a/b/resolve/main/x/0%201.tar"),
+        ("hf://datasets/a/b@v1.0/0.tar", "/datasets/a/b/resolve/v1.0/0.tar"),
+        ("hf://datasets/a/b@refs/pr/3/0.tar", "/datasets/a/b/resolve/refs%2Fpr%2F3/0.tar"),
+        ("hf://a/b/0.tar", "/a/b/resolve/main/0.tar"),
+        ("hf://buckets/a/b/x/0.tar", "/buckets/a/b/resolve/x/0.tar"),
+    ],
+)
+def test_addresses_on_the_hub(url, address):
+    found, headers = hub_address(url, HfFileSystem(endpoint="http://hub", token="hf_secret"))
+    assert (found, headers["authorization"]) == (f"http://hub{address}", "Bearer hf_secret")
+
+
+def test_addresses_in_buckets_of_google():
+    fs = GCSFileSystem(token="anon", endpoint_url="http://google")
+    address = "http://google/download/storage/v1/b/b/o/x%2F0%201.tar?alt=media"
+    assert google_address("gs://b/x/0 1.tar", fs) == (address, {})
+    payer = GCSFileSystem(token="anon", project="me", requester_pays=True)
+    assert google_address("gs://b/0.tar", payer)[1] == {"X-Goog-User-Project": "me"}
 
 
 class _HubError(Exception):
