@@ -126,6 +126,6 @@ def _load(name: str, what: str, load: Callable[[], T]) -> T:
         return load()
     except Exception as error:  # a missing file, no network, a broken file, an entry it does not know
         raise ConfigError(
-            f"model.text.name={name}: no usable {what} in a folder of that name or in the cache, and none can be downloaded"
-            f" ({first_line(error)})"
+            f"model.text.name={name}: no usable {what} in a folder of that name or in the cache,"
+            f" and none can be downloaded ({first_line(error)})"
         ) from error

@@ -86,7 +86,9 @@ def test_every_weight_gets_a_gradient(name, options):
 def test_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
-        model = tower("bert", options={**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}).train()
+        model = tower(
+            "bert", options={**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        ).train()
         if checkpointing:
             model.enable_grad_checkpointing()
         model(texts(0)).square().sum().backward()

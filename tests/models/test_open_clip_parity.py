@@ -8,7 +8,6 @@ from clip_train.models import create_dual_encoder
 from tests.models.configs import load_config
 from tests.models.open_clip_weights import from_open_clip
 
-
 CAPTIONS = ["a photo of a cat", "", "an " + "extremely " * 90 + "long caption"]
 
 
