@@ -11,6 +11,7 @@ from jaxtyping import Int64
 from clip_train.data.long_captions import check_long_captions, shorten
 from clip_train.data.tokenizer import mend_caption
 from clip_train.errors import ConfigError, first_line
+from clip_train.hub import heed_network
 
 _NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
@@ -84,12 +85,13 @@ class HFTokenizer:
 def _load(name: str) -> Any:
     from transformers import AutoTokenizer
 
+    heed_network()
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a missing file, no network, a broken file
         raise ConfigError(
-            f"model.text.tokenizer={name}: in no folder and no cache, and cannot be downloaded, or not usable"
-            f" ({first_line(error)}); fetch it where there is a network, or give the folder of a tokenizer"
+            f"model.text.tokenizer={name}: none usable in a folder of that name or in the cache, and none can be"
+            f" downloaded ({first_line(error)}); fetch it where there is a network, or give the folder of a tokenizer"
         ) from error
 
 

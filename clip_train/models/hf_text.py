@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from clip_train.errors import ConfigError, first_line
+from clip_train.hub import heed_network
 from clip_train.models.projection import make_projection
 from clip_train.models.text_tower import checkpoint_blocks
 
@@ -120,10 +121,11 @@ def _make_encoder(name: str, config: PretrainedConfig, pretrained: bool) -> PreT
 
 
 def _load(name: str, what: str, load: Callable[[], T]) -> T:
+    heed_network()
     try:
         return load()
     except Exception as error:  # a missing file, no network, a broken file, an entry it does not know
         raise ConfigError(
-            f"model.text.name={name}: its {what} are in no folder and no cache, and cannot be downloaded, or are not"
-            f" usable ({first_line(error)})"
+            f"model.text.name={name}: no usable {what} in a folder of that name or in the cache,"
+            f" and none can be downloaded ({first_line(error)})"
         ) from error

@@ -10,6 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from clip_train.errors import ConfigError, first_line
+from clip_train.hub import heed_network
 from clip_train.models import align_vision as align_vision  # registers its model with timm
 from clip_train.models.projection import make_projection
 
@@ -88,6 +89,8 @@ def _create_trunk(name: str, image_size: int, pretrained: bool, options: dict[st
         raise ConfigError(f"model.vision.name={name}: timm has no such model{hint}")
     if pretrained and not timm.is_model_pretrained(name):
         raise ConfigError(f"model.vision.pretrained: timm has no weights of {name}; give false")
+    if pretrained:
+        heed_network()
     try:
         try:
             return timm.create_model(name, pretrained=pretrained, img_size=image_size, **options)

@@ -117,4 +117,7 @@ def _check_logits(cfg: DictConfig) -> None:
     if loss == "sigmoid_loss" and bias is None:
         raise ConfigError("loss=sigmoid learns a bias: give model.init_logit_bias a number, such as -10")
     if loss == "contrastive_loss" and bias is not None:
-        raise ConfigError(f"model.init_logit_bias={bias}: loss=contrastive has no bias, it would cancel; leave it null")
+        raise ConfigError(
+            f"model.init_logit_bias={bias}: loss=contrastive has no bias, it would cancel;"
+            " leave it null, or take loss=sigmoid"
+        )

@@ -62,7 +62,10 @@ def check_tokenizer(tokenizer: CaptionTokenizer, text: AnyTextTower) -> None:
             f"model.text.tokenizer has {tokenizer.vocab_size:,} ids and the text tower {text.vocab_size:,}:"
             " give the tokenizer that goes with the tower, or model.text.vocab_size"
         )
-    for what, ours, theirs in (("pads with", tokenizer.pad_id, text.pad_id), ("ends with", tokenizer.end_id, text.end_id)):
+    for what, ours, theirs in (
+        ("pads with", tokenizer.pad_id, text.pad_id),
+        ("ends with", tokenizer.end_id, text.end_id),
+    ):
         if theirs is not None and ours != theirs:
             raise ConfigError(
                 f"model.text.tokenizer {what} id {ours}, the text tower expects {theirs}:"

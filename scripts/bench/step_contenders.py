@@ -10,6 +10,7 @@ from typing import Any
 
 import open_clip
 import torch
+from hydra import compose, initialize_config_dir
 from measure import PeakMemory
 from omegaconf import OmegaConf
 from open_clip.loss import ClipLoss
@@ -21,7 +22,7 @@ from clip_train.models import create_dual_encoder
 from clip_train.training.cached_gradients import cached_backward
 from clip_train.training.optimizer import build_adamw
 
-_CONFIGS = Path(__file__).parents[2] / "configs" / "model"
+_CONFIGS = Path(__file__).parents[2] / "configs"
 _ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.2, "betas": (0.9, 0.98), "eps": 1e-6}
 OPEN_CLIP_NAMES = {
     "vit_b_32": "ViT-B-32-quickgelu",
@@ -52,9 +53,15 @@ def measure_step(contender: str, model: str, batch: int, micro_batch: int, steps
     return Sample(statistics.median(seconds), peak.bytes)
 
 
+def _config(model: str) -> dict[str, Any]:
+    with initialize_config_dir(str(_CONFIGS), version_base="1.3"):
+        cfg = compose("train", ["experiment=demo", f"model={model}"])
+    return OmegaConf.to_container(cfg.model, resolve=True)  # pyright: ignore[reportReturnType]
+
+
 def _batch(model: str, count: int) -> tuple[Tensor, Tensor]:
-    config = OmegaConf.load(_CONFIGS / f"{model}.yaml")
-    size, length = int(config.image_size), int(config.text.context_length)
+    config = _config(model)
+    size, length = config["image_size"], config["text"]["context_length"]
     ids = torch.randint(1, 49000, (count, length))
     ids[:, 12:] = 0  # captions have some eleven words
     ids[:, 12] = 49407
@@ -62,7 +69,7 @@ def _batch(model: str, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _ours(model: str, batch: int, micro_batch: int | None) -> Callable[[], None]:
-    encoder = create_dual_encoder(**OmegaConf.to_container(OmegaConf.load(_CONFIGS / f"{model}.yaml")))  # pyright: ignore[reportCallIssue]
+    encoder = create_dual_encoder(**_config(model))
     optimizer = build_adamw(encoder, **_ADAMW, fused=True)
     inputs = _batch(model, batch)
 

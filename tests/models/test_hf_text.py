@@ -86,7 +86,9 @@ def test_every_weight_gets_a_gradient(name, options):
 def test_checkpointing_changes_no_gradient():
     gradients = []
     for checkpointing in (False, True):
-        model = tower("bert", options={**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}).train()
+        model = tower(
+            "bert", options={**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        ).train()
         if checkpointing:
             model.enable_grad_checkpointing()
         model(texts(0)).square().sum().backward()
@@ -103,7 +105,7 @@ def test_checkpointing_changes_no_gradient():
         ({"name": "gpt2", "options": {}}, "its config has no pad_token_id"),
         ({"name": "bert", "options": {"hidden_size": "wide"}}, "model.text.options"),
         ({"name": "bert", "proj": "none"}, "features are 32 wide, and model.embed_dim=24"),
-        ({"name": "/no/such/folder"}, "model.text.name=/no/such/folder: its config are in no folder"),
+        ({"name": "/no/such/folder"}, "model.text.name=/no/such/folder: no usable config in a folder of that name"),
     ],
 )
 def test_impossible_encoders(settings, message):

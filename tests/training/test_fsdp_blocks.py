@@ -13,7 +13,7 @@ from tests.models.configs import load_config
     ("config", "vision", "text"),
     [
         ("vit_b_32", {"Block": 12}, {"CLIPEncoderLayer": 12}),
-        ("rn50", {"Bottleneck": 3 + 4 + 6 + 3, "Sequential": 4}, {"CLIPEncoderLayer": 12}),
+        ("rn50", {"BottleneckBlock": 3 + 4 + 6 + 3, "Sequential": 4}, {"CLIPEncoderLayer": 12}),
         ("vit_b_16_siglip", {"Block": 12}, {"SiglipEncoderLayer": 12}),
         ("eva02_b_16", {"EvaBlock": 12}, {"CLIPEncoderLayer": 12}),
         ("convnext_base", {"ConvNeXtBlock": 3 + 3 + 27 + 3, "ConvNeXtStage": 4}, {"CLIPEncoderLayer": 12}),
