@@ -1,6 +1,7 @@
 """What a model is, read off its modules: sizes and kinds that the configs of other libraries want to know."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from timm.layers import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
@@ -58,16 +59,16 @@ def patched_image(trunk: VisionTransformer) -> PatchedImage:
     return PatchedImage(height, patch_height)
 
 
-def text_size(trunk: nn.Module) -> TransformerSize:
+def text_size(trunk: Any) -> TransformerSize:
     """Of CLIP's or SigLIP's text transformer."""
     config = trunk.config
     return TransformerSize(
-        width=config.hidden_size,  # pyright: ignore
-        layers=config.num_hidden_layers,  # pyright: ignore
-        heads=config.num_attention_heads,  # pyright: ignore
-        mlp_width=config.intermediate_size,  # pyright: ignore
-        activation=config.hidden_act,  # pyright: ignore
-        norm_eps=config.layer_norm_eps,  # pyright: ignore
+        width=config.hidden_size,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        mlp_width=config.intermediate_size,
+        activation=config.hidden_act,
+        norm_eps=config.layer_norm_eps,
     )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from clip_train.checkpoints.choice import weight_differences
 from clip_train.errors import ConfigError
 from clip_train.interop import hugging_face
-from clip_train.interop.architecture import patched_image, text_size, vision_transformer_size
+from clip_train.interop.architecture import patched_image, vision_transformer_size
 from clip_train.interop.model_source import ModelSource
 from clip_train.interop.tokenizer_files import write_tokenizer
 
@@ -30,7 +30,7 @@ def write_hugging_face_folder(source: ModelSource, folder: Path) -> None:
 
     tensors = hugging_face.from_ours(source.model.state_dict())
     config = _siglip_config(source) if "vision_model.head.probe" in tensors else _clip_config(source)
-    model_class = SiglipModel if config.model_type == "siglip" else CLIPModel
+    model_class: Any = SiglipModel if config.model_type == "siglip" else CLIPModel
     with torch.device("meta"):
         reference = model_class(config)
     _check_same(reference, tensors, model_class.__name__)
@@ -60,7 +60,9 @@ def write_processor(source: ModelSource, folder: Path) -> None:
 def _image_processor(source: ModelSource, processor: str) -> dict[str, Any]:
     size = source.image_size
     if source.resize_mode == "longest":
-        raise ConfigError(f"transformers has no model.resize_mode=longest: {_OTHERS}")
+        raise ConfigError(
+            "transformers' processors have no model.resize_mode=longest: take format=open_clip or safetensors"
+        )
     shortest = source.resize_mode == "shortest"
     if shortest:
         processor = "CLIPImageProcessor"  # SigLIP's does not crop
@@ -122,11 +124,10 @@ def _plain_trunk(source: ModelSource) -> VisionTransformer:
     return trunk
 
 
-def _text_trunk(source: ModelSource, kind: str) -> nn.Module:
-    trunk = source.model.text.trunk
+def _text_trunk(source: ModelSource, kind: str) -> Any:
+    trunk: Any = source.model.text.trunk
     if trunk.config.model_type != kind:
         raise ConfigError(f"transformers has no such image tower beside a {trunk.config.model_type}: {_OTHERS}")
-    text_size(trunk)
     return trunk
 
 

@@ -3,8 +3,9 @@
 import logging
 import math
 from collections.abc import Mapping
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from clip_train.checkpoints.choice import weight_differences
 from clip_train.errors import ConfigError
@@ -109,10 +110,10 @@ def _other_length(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], k
     return width == found_width and length != found_length
 
 
-def _grid(trunk: nn.Module, positions: int) -> tuple[tuple[int, int], int]:
+def _grid(trunk: Any, positions: int) -> tuple[tuple[int, int], int]:
     """Rows and columns of a trunk's positions, and how many more there are before them."""
     if hasattr(trunk, "patch_embed"):
-        rows, columns = trunk.patch_embed.grid_size  # pyright: ignore
+        rows, columns = trunk.patch_embed.grid_size
     else:  # attention pooling over a ResNet's last map
         rows = columns = math.isqrt(positions)
     return (rows, columns), positions - rows * columns

@@ -40,7 +40,7 @@ def _clip_tokenizer(context_length: int) -> Any:
 
     words, merges = byte_pair_vocabulary()
     vocabulary = {word: number for number, word in enumerate([*words[:-2], *_SPECIAL_TOKENS])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context_length)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context_length)  # pyright: ignore
 
 
 def _tokenizer_of_transformers(name: str) -> Any:

@@ -175,7 +175,7 @@ def test_a_resnet_goes_to_open_clip_and_not_to_transformers(tmp_path):
         ({"vision": {"name": "convnext_atto"}}, "huggingface", "have no convnext_atto: take format=open_clip"),
         ({"vision": {"name": "convnext_atto"}}, "openai", "its image tower is one of timm|this one has quick_gelu"),
         ({"vision": {**CLIP["vision"], "name": "vit_tiny_patch16_224"}}, "open_clip", "without options, this one has"),
-        ({"resize_mode": "longest"}, "huggingface", "has no model.resize_mode=longest"),
+        ({"resize_mode": "longest"}, "huggingface", "have no model.resize_mode=longest"),
         ({}, "safetensor", "format=safetensor is none of safetensors, huggingface, open_clip, onnx, openai$"),
     ],
 )

@@ -42,9 +42,9 @@ def test_openai_is_open_clip_and_three_numbers():
 
 
 def test_resnet():
-    text = {"context_length": 16, "width": 64, "heads": 1, "layers": 1}
+    text = open_clip.CLIPTextCfg(context_length=16, width=64, heads=1, layers=1)
     vision = open_clip.CLIPVisionCfg(image_size=64, layers=(1, 2, 1, 1), width=16)
-    theirs = open_clip.CLIP(32, vision, open_clip.CLIPTextCfg(**text), quick_gelu=True)
+    theirs = open_clip.CLIP(32, vision, text, quick_gelu=True)
     make_random(theirs)
     theirs.eval().requires_grad_(False)
     weights = open_clip_layout.to_ours(theirs.state_dict())

@@ -9,7 +9,7 @@ import timm
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
-from transformers import CLIPModel
+from transformers import CLIPConfig, CLIPModel
 
 from clip_train.checkpoints.folder import list_checkpoints
 from clip_train.errors import ConfigError
@@ -34,7 +34,9 @@ def weights() -> dict[str, torch.Tensor]:
 
 def test_archive_of_torchscript_as_openai_publishes_them(tmp_path, monkeypatch):
     theirs = open_clip_clip()
-    theirs.apply(lambda module: module.half() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d) else None)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            module.half()
     torch.jit.script(theirs).save(str(tmp_path / "ViT.pt"))
     monkeypatch.setattr(torch.jit, "load", None)
     monkeypatch.setattr(torch, "load", None)
@@ -196,11 +198,9 @@ def test_a_bias_that_only_one_side_has(weights, tmp_path):
 
 
 def test_weights_of_another_family_are_refused(tmp_path):
-    theirs = CLIPModel.config_class(
-        vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8},
-        text_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 49408},
-    )
-    save_file(CLIPModel(theirs).state_dict(), tmp_path / "model.safetensors")
+    size = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    theirs = CLIPModel(CLIPConfig(vision_config=size, text_config={**size, "vocab_size": 49408}))
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"image tower: .* missing: .*; text tower: .*"):
         load_weights(ours(SIGLIP), read_weights(str(tmp_path), "init_from"), "init_from=X")
 
