@@ -19,7 +19,7 @@ from torch import Tensor
 from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder
 from clip_train.training.cached_gradients import cached_backward
-from clip_train.training.optimizer import build_adamw
+from clip_train.training.optimizer import build_optimizer
 
 _CONFIGS = Path(__file__).parents[2] / "configs" / "model"
 _ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.2, "betas": (0.9, 0.98), "eps": 1e-6}
@@ -63,7 +63,7 @@ def _batch(model: str, count: int) -> tuple[Tensor, Tensor]:
 
 def _ours(model: str, batch: int, micro_batch: int | None) -> Callable[[], None]:
     encoder = create_dual_encoder(**OmegaConf.to_container(OmegaConf.load(_CONFIGS / f"{model}.yaml")))  # pyright: ignore[reportCallIssue]
-    optimizer = build_adamw(encoder, **_ADAMW, fused=True)
+    optimizer = build_optimizer(encoder, _ADAMW, fused=True)
     inputs = _batch(model, batch)
 
     def step() -> None:
