@@ -207,7 +207,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_ema_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights with their averages (`ema.decay`) in place of those that training changes, as `read_weights` has them.
+    """The weights, as `read_weights` has them, with their averages (`ema.decay`) in place of those that were trained.
 
     Raises:
         InvalidCheckpointError: the run kept no averages.

@@ -129,8 +129,8 @@ def _check_optimizer(path: Path, before: Mapping[str, Any], now: Mapping[str, An
     was, wanted = (config.get("optim", {}).get("name", "adamw") for config in (before, now))
     if was != wanted:
         raise ConfigError(
-            f"resume: {path} has the optimizer state of optim={was}, of no use to optim={wanted}: keep {was}, or start a"
-            f" new run from the weights with init_from={path}"
+            f"resume: {path} has the optimizer state of optim={was}, of no use to optim={wanted}: keep {was}, or start"
+            f" a new run from the weights with init_from={path}"
         )
 
 

@@ -100,9 +100,15 @@ def test_values_of_the_loss_and_the_micro_batch(fail, setting, message):
         ("schedule=constant schedule.cooldown=late", "schedule.cooldown='late' is no duration"),
         ("schedule=constant schedule.cooldown_shape=line", "schedule.cooldown_shape=line is none of power, 1-sqrt"),
         ("schedule.name=rsqrt", "schedule.name=rsqrt needs cooldown: choose its file, schedule=rsqrt"),
-        ("schedule=warm_restarts schedule.period_factor=0.5", "schedule.period_factor=0.5 is not a number of at least 1"),
+        (
+            "schedule=warm_restarts schedule.period_factor=0.5",
+            "schedule.period_factor=0.5 is not a number of at least 1",
+        ),
         ("ema.decay=2", "ema.decay=2 is a share"),
-        ("optim=muon trainer.strategy=fsdp", "optim=muon needs whole matrices, not trainer.strategy=fsdp: take ddp, or"),
+        (
+            "optim=muon trainer.strategy=fsdp",
+            "optim=muon needs whole matrices, not trainer.strategy=fsdp: take ddp, or",
+        ),
     ],
 )
 def test_values_of_the_optimizer_and_the_schedule(fail, settings, message):

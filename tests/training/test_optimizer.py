@@ -93,7 +93,9 @@ def test_layer_decay():
     optimizer = build_optimizer(model, ADAMW | {"text": {"layer_decay": 0.5}}, fused=True)
     rate = by_name(model, optimizer, "lr")
     assert rate["text.projection.weight"] == rate["text.trunk.final_layer_norm.bias"] == 1e-3
-    assert rate["text.trunk.encoder.layers.1.mlp.fc1.weight"] == rate["text.trunk.encoder.layers.1.mlp.fc1.bias"] == 5e-4
+    assert (
+        rate["text.trunk.encoder.layers.1.mlp.fc1.weight"] == rate["text.trunk.encoder.layers.1.mlp.fc1.bias"] == 5e-4
+    )
     assert rate["text.trunk.encoder.layers.0.layer_norm1.weight"] == 2.5e-4
     assert rate["text.trunk.embeddings.position_embedding.weight"] == 1.25e-4
     assert {rate[name] for name in rate if not name.startswith("text")} == {1e-3}

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ def test_equals_open_clips(name, settings, theirs):
     ],
 )
 def test_equals_torchs(name, settings, theirs):
-    kind, arguments = theirs if isinstance(theirs, tuple) else ("CosineAnnealingWarmRestarts", {"eta_min": 0.1, **theirs})
+    kind, arguments = (
+        theirs if isinstance(theirs, tuple) else ("CosineAnnealingWarmRestarts", {"eta_min": 0.1, **theirs})
+    )
     expected = torchs(getattr(torch.optim.lr_scheduler, kind), **arguments)
     assert rates(schedule(name, **settings), range(WARMUP, STEPS)) == pytest.approx(expected)
 
@@ -120,7 +123,7 @@ def test_the_files_schedules_have_no_jumps(name, warmup):
     clock = Clock(1, epoch_samples=100, total_samples=10_000)
     factors = [*map(make_schedule(from_file(name), clock, warmup), range(0, 10_000, 5))]
     assert all(0 <= factor <= 1 for factor in factors)
-    steps = sorted(now - before for before, now in zip(factors, factors[1:]))
+    steps = sorted(now - before for before, now in pairwise(factors))
     if name == "warm_restarts":
         steps = steps[:-3] if warmup < 10_000 else steps  # up to the peak again
     assert max(map(abs, steps)) < 0.01
@@ -137,7 +140,11 @@ def test_every_schedule_has_its_file():
         ("rsqrt", {"end_factor": 0.0}, r"schedule.name=rsqrt needs cooldown: choose its file, schedule=rsqrt"),
         ("linear", COOLDOWN, r"schedule.name=linear has no cooldown"),
         ("constant", COOLDOWN | {"cooldown": "a while"}, r"schedule.cooldown='a while' is no duration"),
-        ("warm_restarts", {"period": 0, "period_factor": 1, "end_factor": 0}, r"schedule.period=0 is no length of time"),
+        (
+            "warm_restarts",
+            {"period": 0, "period_factor": 1, "end_factor": 0},
+            r"schedule.period=0 is no length of time",
+        ),
     ],
 )
 def test_settings_that_make_no_schedule(name, settings, message):
