@@ -1,5 +1,7 @@
 """How deep in its tower a parameter lies, and what a tower repeats."""
 
+from typing import cast
+
 from timm.models import group_parameters
 from torch import nn
 
@@ -23,7 +25,7 @@ def layer_numbers(tower: nn.Module) -> dict[str, int]:
         raise ConfigError(f"layer_decay: {type(trunk).__name__} has no blocks to count: leave it null")
     matcher = getattr(trunk, "group_matcher", None)  # timm's models know theirs
     found = _in_row(trunk) if matcher is None else group_parameters(trunk, matcher(coarse=False), reverse=True)
-    within = {name: found[name.removeprefix("trunk.")] for name in names[places[0] : places[-1] + 1]}
+    within = {name: cast(int, found[name.removeprefix("trunk.")]) for name in names[places[0] : places[-1] + 1]}
     last = max(within.values()) + 1
     return {name: 0 if place < places[0] else within.get(name, last) for place, name in enumerate(names)}
 

@@ -49,12 +49,12 @@ def _after_warmup(samples_seen: int, *, shape: Callable[[int], float], batch_siz
 # the end of the run. All lengths are in samples.
 
 
-def cosine(seen: int, length: int, *, end_factor: float) -> float:
+def cosine(seen: float, length: float, *, end_factor: float) -> float:
     """Half a cosine from 1 to `end_factor`."""
     return end_factor + (1 - end_factor) * 0.5 * (1 + math.cos(math.pi * _progress(seen, length)))
 
 
-def linear(seen: int, length: int, *, end_factor: float) -> float:
+def linear(seen: float, length: float, *, end_factor: float) -> float:
     """A straight line from 1 to `end_factor`."""
     return end_factor + (1 - end_factor) * (1 - _progress(seen, length))
 
@@ -83,10 +83,10 @@ def rsqrt(
 
 def warm_restarts(seen: int, length: int, *, period: float, period_factor: float, end_factor: float) -> float:
     """A cosine to `end_factor`, again and again, each `period_factor` times as long as the one before."""
-    seen = max(0, seen)
-    while seen >= period:
-        seen, period = seen - period, period * period_factor
-    return cosine(seen, period, end_factor=end_factor)
+    since = float(max(0, seen))
+    while since >= period:
+        since, period = since - period, period * period_factor
+    return cosine(since, period, end_factor=end_factor)
 
 
 SHAPES: dict[str, Callable[..., float]] = {

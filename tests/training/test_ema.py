@@ -28,6 +28,10 @@ class Module(nn.Module):
         self.samples_seen = 0
         self.step_metrics = {"train/grad_norm": torch.tensor(1.0)}
 
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.model.get_parameter("0.weight").detach()
+
     def step(self, average: WeightAverage, norm: float = 1.0) -> None:
         """Add 1 to all that is trained, unless the norm says that the step was bad."""
         self.samples_seen += BATCH_SIZE
@@ -58,12 +62,12 @@ def values(average: WeightAverage) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_formula(dtype):
     module = Module(dtype)
-    expected = module.model[0].weight.detach().float().clone()
+    expected = module.weight.float().clone()
     average = begin(0.4, module)
     for step in range(1, 6):
         module.step(average)
         decay = min(0.4, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * module.model[0].weight.detach().float()
+        expected = decay * expected + (1 - decay) * module.weight.float()
         torch.testing.assert_close(values(average)["model.0.weight"], expected)
     assert values(average)["model.0.weight"].dtype == torch.float32
 
@@ -113,7 +117,7 @@ def test_it_goes_on_from_a_checkpoint():
     fresh = WeightAverage(0.5)
     fresh.on_load_checkpoint(*_arguments(module), {})  # of a run that kept none
     fresh.on_train_start(*_arguments(module))
-    assert torch.equal(values(fresh)["model.0.weight"], module.model[0].weight)
+    assert torch.equal(values(fresh)["model.0.weight"], module.weight)
 
 
 def test_checkpoints_with_and_without(tmp_path: Path):

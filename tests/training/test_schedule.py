@@ -1,4 +1,5 @@
 import math
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ BATCH, WARMUP, STEPS = 10, 10, 30
 COOLDOWN = {"cooldown": "9 steps", "cooldown_shape": "power", "cooldown_power": 1.0, "end_factor": 0.0}
 
 
-def schedule(name: str, warmup_steps: int = WARMUP, **settings: Any) -> Schedule:
+def schedule(settings: Mapping[str, Any], warmup_steps: int = WARMUP) -> Schedule:
     clock = Clock(BATCH, epoch_samples=50, total_samples=STEPS * BATCH)
-    return make_schedule({"name": name, **settings}, clock, warmup_steps * BATCH)
+    return make_schedule(settings, clock, warmup_steps * BATCH)
 
 
 def rates(of: Schedule, steps: range = range(STEPS)) -> list[float]:
@@ -53,7 +54,7 @@ def torchs(scheduler: type, **arguments: Any) -> list[float]:
 
 
 def test_linear_warmup_then_cosine():
-    rate = schedule(**COSINE)
+    rate = schedule(COSINE)
     assert rates(rate, range(10)) == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert rate(100) == 1
     assert rate(200) == pytest.approx(0.5)
@@ -63,7 +64,7 @@ def test_linear_warmup_then_cosine():
 
 
 def test_no_warmup():
-    assert schedule(**COSINE, warmup_steps=0)(0) == 1
+    assert schedule(COSINE, warmup_steps=0)(0) == 1
 
 
 def test_a_warmup_shorter_than_a_step_does_not_overshoot():
@@ -81,7 +82,7 @@ def test_a_warmup_shorter_than_a_step_does_not_overshoot():
     ],
 )
 def test_equals_open_clips(name, settings, theirs):
-    assert rates(schedule(name, **settings)) == pytest.approx(open_clips(*theirs))
+    assert rates(schedule({"name": name, **settings})) == pytest.approx(open_clips(*theirs))
 
 
 @pytest.mark.parametrize(
@@ -98,17 +99,17 @@ def test_equals_torchs(name, settings, theirs):
         theirs if isinstance(theirs, tuple) else ("CosineAnnealingWarmRestarts", {"eta_min": 0.1, **theirs})
     )
     expected = torchs(getattr(torch.optim.lr_scheduler, kind), **arguments)
-    assert rates(schedule(name, **settings), range(WARMUP, STEPS)) == pytest.approx(expected)
+    assert rates(schedule({"name": name, **settings}), range(WARMUP, STEPS)) == pytest.approx(expected)
 
 
 def test_rsqrt_equals_big_visions_after_the_warmup():
-    found = rates(schedule("rsqrt", **COOLDOWN, timescale="4 steps"))
+    found = rates(schedule({"name": "rsqrt", **COOLDOWN, "timescale": "4 steps"}))
     expected = [min(1, (step + 1) / WARMUP) / math.sqrt(1 + max(0, step - WARMUP) / 4) for step in range(STEPS)]
     assert found == pytest.approx([rate * min(1, (STEPS - step) / 9) for step, rate in enumerate(expected)])
 
 
 def test_a_cooldown_by_one_minus_the_root():
-    found = rates(schedule("constant", **COOLDOWN | {"cooldown_shape": "1-sqrt"}), range(STEPS - 9, STEPS + 1))
+    found = rates(schedule({"name": "constant", **COOLDOWN, "cooldown_shape": "1-sqrt"}), range(STEPS - 9, STEPS + 1))
     assert found == pytest.approx([1 - math.sqrt(gone / 9) for gone in range(10)])
 
 
@@ -149,4 +150,4 @@ def test_every_schedule_has_its_file():
 )
 def test_settings_that_make_no_schedule(name, settings, message):
     with pytest.raises(ConfigError, match=message):
-        schedule(name, **settings)
+        schedule({"name": name, **settings})
