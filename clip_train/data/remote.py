@@ -19,10 +19,11 @@ import fsspec
 from fsspec.asyn import sync
 from fsspec.config import conf
 
+from clip_train.data.store_addresses import google_address, hub_address
 from clip_train.errors import DataError
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://|(pipe):")
-_HTTP = ("http", "https")
+_HTTP, _GOOGLE = ("http", "https"), ("gs", "gcs")
 _BLOCK, _RANGE = 1 << 20, 8 << 20
 _NEEDS_EXTRA = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 
@@ -55,7 +56,7 @@ def check_scheme(url: str) -> None:
     if scheme is None or scheme == "pipe":
         return
     try:
-        fsspec.get_filesystem_class(scheme)
+        _filesystem_class(scheme)
     except ImportError as error:
         remedy = "pip install 'clip_train[remote]'" if scheme in _NEEDS_EXTRA else str(error)
         raise DataError(f"{url}: {scheme}:// needs {_NEEDS_EXTRA.get(scheme, 'a package')}: {remedy}") from error
@@ -73,7 +74,9 @@ def glob_remote(pattern: str, timeout: float) -> list[str]:
     scheme = scheme_of(pattern)
     if scheme is None or scheme in _HTTP:
         raise DataError(f"{pattern}: {scheme}:// has no listing; spell the shards out, as in {{00000..00099}}.tar")
-    return sorted(f"{scheme}://{name}" for name in _filesystem(scheme, timeout).glob(pattern))
+    fs = _filesystem(scheme, timeout)
+    fs.invalidate_cache()  # the Hub's keeps listings, whatever it is told
+    return sorted(f"{scheme}://{name}" for name in fs.glob(pattern))
 
 
 @contextmanager
@@ -96,8 +99,8 @@ def open_remote(url: str, timeout: float, have: int = 0, version: str = "") -> I
         raise ValueError(f"{url} is a local file")
     if scheme == "pipe":
         source = _open_pipe(url.partition(":")[2], timeout)
-    elif scheme in _HTTP:
-        source = _open_http(url, timeout, have, version)
+    elif scheme in (*_HTTP, *_GOOGLE, "hf"):
+        source = _open_http(*_web_address(url, timeout), timeout, have, version)
     else:
         source = _open_ranges(url, timeout, have, version)
     with source as stream:
@@ -131,16 +134,27 @@ def _open_pipe(command: str, timeout: float) -> Iterator[RemoteStream]:
         process.wait()
 
 
+def _web_address(url: str, timeout: float) -> tuple[str, dict[str, str]]:
+    """What to ask a web server for, with which headers."""
+    scheme = scheme_of(url) or ""
+    fs = _filesystem(scheme, timeout)
+    if scheme in _HTTP:
+        return url, fs.kwargs.get("headers", {})
+    return hub_address(url, fs) if scheme == "hf" else google_address(url, fs)
+
+
 @contextmanager
-def _open_http(url: str, timeout: float, have: int, version: str) -> Iterator[RemoteStream]:
+def _open_http(
+    address: str, headers: dict[str, str], timeout: float, have: int, version: str
+) -> Iterator[RemoteStream]:
     """One request streams the whole file: servers without ranges are common, and so are those that refuse HEAD."""
-    fs = _filesystem(scheme_of(url) or "", timeout)
+    fs = _filesystem(scheme_of(address) or "", timeout)
     start = max(have - 1, 0) if version else 0  # a byte we have: a range beyond the end would be an error
-    response: Any = sync(fs.loop, _get, fs, url, start)
+    response: Any = sync(fs.loop, _get, fs, address, headers, start)
     try:
         if start and (response.status == 416 or _http_version(response) != version or _http_start(response) > have):
             fs.loop.call_soon_threadsafe(response.close)
-            response = sync(fs.loop, _get, fs, url, 0)
+            response = sync(fs.loop, _get, fs, address, headers, 0)
 
         def read() -> Iterator[bytes]:
             while chunk := sync(fs.loop, _read_block, response.content):
@@ -153,15 +167,15 @@ def _open_http(url: str, timeout: float, have: int, version: str) -> Iterator[Re
         fs.loop.call_soon_threadsafe(response.close)
 
 
-async def _get(fs: Any, url: str, start: int) -> Any:
-    headers = {**fs.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
+async def _get(fs: Any, address: str, headers: dict[str, str], start: int) -> Any:
+    headers = {**headers, "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
     session = await fs.set_session()
-    response = await session.get(fs.encode_url(url), **{**fs.kwargs, "headers": headers})
+    response = await session.get(fs.encode_url(address), **{**fs.kwargs, "headers": headers})
     if response.status == 404:
         response.close()
-        raise FileNotFoundError(url)
+        raise FileNotFoundError(address)
     if not (start and response.status == 416):
         response.raise_for_status()
     return response
@@ -195,8 +209,13 @@ def _http_size(response: Any) -> int | None:
 
 
 def _http_version(response: Any) -> str:
-    size, headers = _http_size(response), response.headers
-    return "" if size is None else f"{headers.get('ETag', '')} {headers.get('Last-Modified', '')} {size}"
+    size = _http_size(response)
+    if size is None:
+        return ""
+    for hop in response.history:  # the Hub knows a file by its content, its delivery networks each in their own way
+        if "X-Linked-ETag" in hop.headers:
+            return f"{hop.headers['X-Linked-ETag']} {size}"
+    return f"{response.headers.get('ETag', '')} {response.headers.get('Last-Modified', '')} {size}"
 
 
 @contextmanager
@@ -221,8 +240,14 @@ def _open_ranges(url: str, timeout: float, have: int, version: str) -> Iterator[
 
 def _filesystem(scheme: str, timeout: float) -> Any:
     """One per process, as connections and event loops do not survive a fork; one per thread if it has no event loop."""
-    shared = getattr(fsspec.get_filesystem_class(scheme), "async_impl", False)
+    shared = getattr(_filesystem_class(scheme), "async_impl", False)
     return _make_filesystem(scheme, timeout, os.getpid(), 0 if shared else threading.get_ident())
+
+
+def _filesystem_class(scheme: str) -> type:
+    # If not told otherwise, gcsfs asks over gRPC, which does not survive a fork, what kind of bucket each file is in.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    return fsspec.get_filesystem_class(scheme)
 
 
 @lru_cache(maxsize=64)
@@ -242,11 +267,11 @@ def _options(scheme: str, timeout: float) -> dict[str, Any]:
     if scheme in ("s3", "s3a"):
         limits = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 0}}
         return {"config_kwargs": {**configured("config_kwargs"), **limits}}
-    if scheme in (*_HTTP, "gs", "gcs"):
+    if scheme in (*_HTTP, *_GOOGLE):
         import aiohttp  # of the optional dependencies
 
         limits = aiohttp.ClientTimeout(total=None, connect=timeout, sock_read=timeout)
         if scheme in _HTTP:
             return {"client_kwargs": {"trust_env": True, **configured("client_kwargs"), "timeout": limits}}
-        return {"requests_timeout": limits}
+        return {"requests_timeout": limits, "session_kwargs": {"trust_env": True, **configured("session_kwargs")}}
     return {}

@@ -6,7 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from clip_train.errors import DataError
 
@@ -88,7 +88,7 @@ def is_permanent(error: BaseException) -> bool:
 def explain(error: BaseException) -> str:
     """The reason of a failure, in one line."""
     status = _http_status(error)
-    text = f"{status} {error.message}" if hasattr(error, "status") else " ".join(str(error).split())  # type: ignore
+    text = f"{status} {_server_message(error)}" if hasattr(error, "status") else " ".join(str(error).split())
     if isinstance(error, FileNotFoundError):
         return "it does not exist"
     if type(error).__name__ == "NoCredentialsError":
@@ -98,6 +98,11 @@ def explain(error: BaseException) -> str:
     if isinstance(error, asyncio.TimeoutError) and not text:
         return "no bytes within the time-out"
     return text or type(error).__name__
+
+
+def _server_message(error: Any) -> str:
+    """Why, in the Hub's words if it has any, or the usual ones of the status."""
+    return (getattr(error, "headers", None) or {}).get("X-Error-Message") or error.message
 
 
 def _http_status(error: BaseException) -> int | None:

@@ -125,10 +125,11 @@ class ShardCache:
     Args:
         cache_dir: nothing outside its subfolder `staged` is touched.
         max_bytes: of all copies together, of whichever process. Those in use are kept even beyond it.
+        group: what stands before `cache_dir` and `cache_size` in the program's config, as `data.`; for messages.
     """
 
-    def __init__(self, cache_dir: str | Path, max_bytes: int) -> None:
-        self.cache_dir, self.max_bytes = Path(cache_dir), max_bytes
+    def __init__(self, cache_dir: str | Path, max_bytes: int, group: str = "") -> None:
+        self.cache_dir, self.max_bytes, self.group = Path(cache_dir), max_bytes, group
         self._warned = False
 
     def path(self, url: str) -> Path:
@@ -181,7 +182,7 @@ class ShardCache:
             while (descriptor := _lock(path, os.O_CREAT)) is None:
                 wait(_LOCK_POLL_S)
         except OSError as error:
-            raise CacheError(f"data.cache_dir={self.cache_dir} cannot be used: {error}") from error
+            raise CacheError(f"{self.group}cache_dir={self.cache_dir} cannot be used: {error}") from error
         part = Part(path, descriptor)
         try:
             yield part
@@ -203,7 +204,7 @@ class ShardCache:
                 excess -= entry.size
         if excess > 0 and not self._warned:
             self._warned = True
-            limit = f"data.cache_size={readable_bytes(self.max_bytes)}"
+            limit = f"{self.group}cache_size={readable_bytes(self.max_bytes)}"
             _log.warning("%s is exceeded by %s: all shards are in use", limit, readable_bytes(excess))
 
     def evict_one(self) -> bool:

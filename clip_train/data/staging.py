@@ -24,10 +24,13 @@ class Stager:
         max_bytes: limit of all copies together; least recently used ones that nobody has open are deleted for new ones.
         retries: how often a download that failed is gone on with before the error is raised.
         timeout: seconds without a byte after which a download has failed.
+        group: of the program's config that has `cache_dir`, as `data.`; for messages.
     """
 
-    def __init__(self, cache_dir: str | Path, max_bytes: int, retries: int = 10, timeout: float = 60.0) -> None:
-        self.cache = ShardCache(cache_dir, max_bytes)
+    def __init__(
+        self, cache_dir: str | Path, max_bytes: int, retries: int = 10, timeout: float = 60.0, group: str = ""
+    ) -> None:
+        self.cache = ShardCache(cache_dir, max_bytes, group)
         self.retries, self.timeout = retries, timeout
         self._retried: list[int] = []  # the process, for each time; what a fork inherits is its parent's to tell
 
@@ -117,15 +120,16 @@ class Stager:
             try:
                 return write()
             except OSError as error:
+                setting = f"{self.cache.group}cache_dir"
                 if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                    raise CacheError(f"data.cache_dir={self.cache.cache_dir} cannot be written: {error}") from error
+                    raise CacheError(f"{setting}={self.cache.cache_dir} cannot be written: {error}") from error
                 if not self.cache.evict_one():
-                    remedy = "free some of it, or name another data.cache_dir"
-                    raise CacheError(f"the disk of data.cache_dir={self.cache.cache_dir} is full: {remedy}") from error
+                    remedy = f"free some of it, or name another {setting}"
+                    raise CacheError(f"the disk of {setting}={self.cache.cache_dir} is full: {remedy}") from error
 
     def _check_limit(self, url: str, size: int) -> None:
         if size > self.cache.max_bytes:
-            limit = f"data.cache_size={readable_bytes(self.cache.max_bytes)}"
+            limit = f"{self.cache.group}cache_size={readable_bytes(self.cache.max_bytes)}"
             raise CacheError(f"shard {url} takes {readable_bytes(size)} or more, over the limit {limit}: raise that")
 
 

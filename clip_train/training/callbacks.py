@@ -20,7 +20,7 @@ from clip_train.training.checkpointing import Checkpointing
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.durations import Clock
 from clip_train.training.ema import WeightAverage
-from clip_train.training.guard import Guard, RollBack
+from clip_train.training.guard import Guard
 from clip_train.training.guard_report import write_report
 from clip_train.training.health import Health
 from clip_train.training.launch import World, cpus_per_process
@@ -32,6 +32,7 @@ from clip_train.training.parts import plain, timeouts
 from clip_train.training.progress import ProgressDisplay
 from clip_train.training.rank_log import RankLog
 from clip_train.training.resume import Checkpoint, Resume
+from clip_train.training.rollback import RollBack
 from clip_train.training.run_folder import RunFolder, environment
 from clip_train.training.run_start import RunStart
 from clip_train.training.sample_log import SampleLog
@@ -199,6 +200,7 @@ def _validation(
         metrics=metrics,
         average=average,
         after=after,
+        owed=plan.checkpoint is not None and not plan.checkpoint.manifest.about.get("metrics"),
     )
 
 

@@ -92,6 +92,8 @@ class Checkpointing(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         if trainer.is_global_zero:
             self.writer.remove_from(pl_module.samples_seen, self.resumed_from)
+        if self.resumed_from and self.resumed_from.resolve().parent == self.writer.folder.resolve():
+            self._saved_samples = pl_module.samples_seen
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ClipModule, outputs, batch, batch_idx) -> None:

@@ -55,7 +55,7 @@ class ClipDataModule(L.LightningDataModule):
         self.num_workers = _num_workers(data["num_workers"], world)
         self._cache_dir = data["cache_dir"]
         cache_size = parse_bytes(data["cache_size"], "data.cache_size")
-        self.stager = Stager(self._cache_dir or user_cache(), cache_size, data["retries"], data["timeout"])
+        self.stager = Stager(self._cache_dir or user_cache(), cache_size, data["retries"], data["timeout"], "data.")
         train = data["train"]
         self.sources = open_sources(
             train["shards"],

@@ -14,6 +14,7 @@ from clip_train.distributed import gather_objects
 from clip_train.errors import DivergedError
 from clip_train.training.health import Health
 from clip_train.training.module import ClipModule
+from clip_train.training.rollback import RollBack
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +34,6 @@ class StepRecord(NamedTuple):
     @property
     def is_bad(self) -> bool:
         return not (math.isfinite(self.metrics["train/loss"]) and math.isfinite(self.metrics["train/grad_norm"]))
-
-
-class RollBack(Exception):
-    """Every rank leaves the same step by it, for the run to be taken up from an earlier state with other data.
-
-    Attributes:
-        checkpoint: of that state; None is the start of the run.
-        skipped_samples: how far the run is from then on ahead of `samples_seen` in the sample stream.
-        count: roll-backs of the run so far, this one included.
-    """
-
-    def __init__(self, checkpoint: Path | None, skipped_samples: int, count: int) -> None:
-        super().__init__(f"back to {checkpoint.name if checkpoint else 'the start'}")
-        self.checkpoint, self.skipped_samples, self.count = checkpoint, skipped_samples, count
 
 
 class Guard(Callback):

@@ -15,11 +15,11 @@ from clip_train.processes import die_with_parent
 from clip_train.training.callbacks import RunCallbacks, RunPlan, make_callbacks
 from clip_train.training.config_check import check_config
 from clip_train.training.durations import RUN_LENGTH_KEYS, Clock
-from clip_train.training.guard import RollBack
 from clip_train.training.launch import World, find_world, started_by_lightning
 from clip_train.training.parts import make_loggers, make_module, make_trainer, open_data, plain
 from clip_train.training.rank_log import start_rank_log
 from clip_train.training.resume import Resume, check_resumable, find_checkpoint, load_initial_weights
+from clip_train.training.rollback import RollBack, note_rollback, noted_rollback
 from clip_train.training.run_folder import RunFolder, default_run_name
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) ->
     with rank_log.noting_errors():
         rollback = _fit(trainer, plan)
     if rollback:
+        if trainer.is_global_zero:
+            note_rollback(plan.folder.rollback, rollback)
         return rollback
     summary = _summary(trainer, plan, callbacks)
     if trainer.is_global_zero:
@@ -90,6 +92,8 @@ def _plan(cfg: DictConfig, world: World, undone: RollBack | None) -> RunPlan:
         check_resumable(checkpoint, resume, model=module.model, **about)
     elif cfg.init_from:
         load_initial_weights(module.model, Path(cfg.init_from))
+    if resume.source != "never":
+        undone = undone or noted_rollback(folder.rollback, checkpoint.path if checkpoint else None)
     return RunPlan(cfg, world, folder, data, clock, module, resume, checkpoint, undone)
 
 

@@ -50,6 +50,7 @@ class RunFolder:
         self.summary = self.path / "summary.json"
         self.logs = self.path / "logs"
         self.checkpoints = self.path / "checkpoints"
+        self.rollback = self.path / "rollback.json"
 
     def log_of_rank(self, rank: int) -> Path:
         """Where a process logs to; the first one's is in plain sight."""

@@ -35,6 +35,7 @@ class Validation(Callback):
         metrics: whose clock stands still meanwhile.
         average: of the weights, evaluated in their place; None evaluates the weights.
         after: are told of all sets' metrics, on every rank.
+        owed: the run goes on from a checkpoint without metrics: an evaluation that was due there is made up.
 
     Attributes:
         latest: the newest metrics of all sets.
@@ -51,13 +52,21 @@ class Validation(Callback):
         metrics: TrainMetrics,
         average: WeightAverage | None = None,
         after: Sequence[AfterEvaluation],
+        owed: bool = False,
     ) -> None:
-        self.metrics, self.average, self.after = metrics, average, after
+        self.metrics, self.average, self.after, self.owed = metrics, average, after, owed
         self.sets, self.every_samples, self.picture = sets, every_samples, picture
         self.batch_size, self.num_workers = batch_size, num_workers
         self.latest: dict[str, float] = {}
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
+        if self.owed and pl_module.samples_seen:
+            self._evaluate_if_due(trainer, pl_module)
+
     def on_train_batch_end(self, trainer, pl_module: ClipModule, outputs, batch, batch_idx) -> None:
+        self._evaluate_if_due(trainer, pl_module)
+
+    def _evaluate_if_due(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         if passes(pl_module.samples_seen, pl_module.clock.batch_size, self.every_samples) and not trainer.should_stop:
             with self.metrics.paused():
                 self._evaluate(trainer, pl_module, final=False)

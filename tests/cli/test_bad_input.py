@@ -204,6 +204,12 @@ def test_an_incomplete_validation_set(fail, tmp_path):
     assert "1 samples lack an image or a caption" in fail(f"data.val.shards={shard}")
 
 
+def test_a_cache_that_is_too_small(fail, tmp_path):
+    shard = write_shard(tmp_path / "0.tar", [make_sample(0)])
+    line = fail(f"data.train.shards='pipe:cat {shard}'", f"data.cache_dir={tmp_path}/cache", "data.cache_size=1KB")
+    assert "over the limit data.cache_size=1 KB: raise that" in line
+
+
 def test_output_that_cannot_be_written(fail, tmp_path):
     (tmp_path / "file").touch()
     assert "choose another output_dir" in fail(f"output_dir={tmp_path}/file/runs")

@@ -81,18 +81,20 @@ def test_goes_back_and_leaves_the_data_out_then_goes_on_as_if_never_killed(tmp_p
         B * step: undisturbed[B * (step if step <= 4 else step + 4)] for step in range(1, 13)
     }
 
-    # Calls 9 to 16 are the steps 5 to 12: stuck in step 10, after the checkpoint at 8.
-    stuck = [*losing("nan_at_calls", [6, 7, 8]), "+loss.stuck_at=14", "run_name=cut"]
-    process = start(*arguments, *stuck)
-    wait_for((tmp_path / "cut" / "checkpoints" / checkpoint_name(8 * B)).exists, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(60)
-    resumed = clip_train(*arguments, *losing("nan_at_calls", []), "run_name=cut", "resume=auto")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "resuming from" in resumed.stdout
-    assert read_sample_log(tmp_path / "cut" / "samples") == read_sample_log(whole / "samples")
-    last = checkpoint_name(12 * B)
-    assert_same(read_weights(tmp_path / "cut" / "checkpoints" / last), read_weights(whole / "checkpoints" / last))
+    # Calls 9 to 16 are the steps 5 to 12: stuck in step 6, before another checkpoint, or in step 10, after that at 8.
+    for stuck_at, last_written in ((10, "rollback.json"), (14, f"checkpoints/{checkpoint_name(8 * B)}")):
+        cut = tmp_path / f"cut_{stuck_at}"
+        stuck = [*losing("nan_at_calls", [6, 7, 8]), f"+loss.stuck_at={stuck_at}", f"run_name={cut.name}"]
+        process = start(*arguments, *stuck)
+        wait_for((cut / last_written).exists, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(60)
+        resumed = clip_train(*arguments, *losing("nan_at_calls", []), f"run_name={cut.name}", "resume=auto")
+        assert resumed.returncode == 0, resumed.stderr
+        assert "resuming from" in resumed.stdout
+        assert read_sample_log(cut / "samples") == read_sample_log(whole / "samples")
+        last = checkpoint_name(12 * B)
+        assert_same(read_weights(cut / "checkpoints" / last), read_weights(whole / "checkpoints" / last))
 
 
 def start(*arguments: str) -> subprocess.Popen:

@@ -99,3 +99,22 @@ def test_lightning_installs_no_handlers_of_its_own():
     command = [sys.executable, Path(__file__).with_name("lightning_handlers.py")]
     done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True, check=False, timeout=600)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "ours"), done.stderr
+
+
+def test_an_evaluation_that_a_signal_came_before_is_made_up(tmp_path):
+    run = [*COMMON, "max_steps=6", "eval.every=4", "data.val.shards=demo:emoji/val_concept/*.tar", "eval.picture=false"]
+    run += [f"output_dir={tmp_path}", "run_name=run"]
+    # It comes in step 3, is seen before step 4, and ends the run after it.
+    stopped = clip_train(*run, "loss._target_=tests.training.odd_losses.signal_at_call", "+loss.call=3")
+    assert stopped.returncode == 75, stopped.stderr
+    assert evaluated_at(tmp_path / "run") == []
+    resumed = clip_train(*run, "resume=auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert evaluated_at(tmp_path / "run") == [4 * 32, 6 * 32]
+    again = clip_train(*run, f"resume={tmp_path}/run/checkpoints/samples_00000000000128.ckpt")  # which has metrics now
+    assert again.returncode == 0, again.stderr
+    assert evaluated_at(tmp_path / "run") == [4 * 32, 6 * 32]
+
+
+def evaluated_at(run: Path) -> list[int]:
+    return [int(row["samples_seen"]) for row in read_metrics(run / "metrics.csv")[1] if not row["train/loss"]]

@@ -18,10 +18,15 @@ def s3_server() -> Iterator[Any]:
     server.start()
     host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        remote._make_filesystem.cache_clear()  # those that know another server
+        use_s3(f"http://{host}:{port}", patch)
         yield boto3.client("s3")
     server.stop()
+
+
+def use_s3(url: str, patch: pytest.MonkeyPatch) -> None:
+    """Look for buckets there."""
+    patch.setenv("AWS_ENDPOINT_URL", url)
+    patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    remote._make_filesystem.cache_clear()  # those that know another server

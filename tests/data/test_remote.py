@@ -1,36 +1,21 @@
-import builtins
 import json
-import os
-import socket
-from collections.abc import Iterator
-from datetime import UTC, datetime
+import sys
 
 import pytest
+from fsspec.registry import _registry
+from gcsfs.core import GCSFileSystem
+from huggingface_hub import HfFileSystem
 
 from clip_train.data import remote
 from clip_train.data.index import load_index
-from clip_train.data.remote import check_scheme, open_remote, scheme_of
+from clip_train.data.remote import check_scheme, scheme_of
 from clip_train.data.retries import explain, is_permanent
 from clip_train.data.shard_counts import remote_counts
-from clip_train.data.shards import expand_shards
 from clip_train.data.staging import Stager
+from clip_train.data.store_addresses import google_address, hub_address
 from clip_train.errors import DataError
 from tests.conftest import make_sample, write_shard
 from tests.data.failing_server import Fault
-from tests.data.s3_server import s3_server
-
-CONTENT = os.urandom(3 << 20)
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator:
-    """A bucket `shards` on a local S3 server."""
-    with s3_server() as client:
-        client.create_bucket(Bucket="shards")
-        for number in range(3):
-            client.put_object(Bucket="shards", Key=f"set/{number:05d}.tar", Body=CONTENT)
-        client.put_object(Bucket="shards", Key="set/sizes.json", Body=json.dumps({"00000.tar": 11, "00001.tar": 12}))
-        yield client
 
 
 @pytest.mark.parametrize(
@@ -51,85 +36,10 @@ def test_schemes(url, scheme):
 
 
 def test_a_missing_package_names_the_extra(monkeypatch):
-    def refuse(name: str, *args, **kwargs):
-        if name.partition(".")[0] == "gcsfs":
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    original = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.delitem(_registry, "gs", raising=False)  # it knows what was imported before
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(DataError, match=r"gs://b/0.tar: gs:// needs gcsfs: pip install 'clip_train\[remote\]'"):
         check_scheme("gs://b/0.tar")
-
-
-def test_s3_shards_are_staged(s3, tmp_path):
-    stager = Stager(tmp_path, 10**9)
-    path = stager.stage("s3://shards/set/00000.tar")
-    assert path.read_bytes() == CONTENT
-    assert abs(path.stat().st_mtime - datetime.now(UTC).timestamp()) < 300
-    first = path.stat().st_mtime_ns
-    path.unlink()
-    assert stager.stage("s3://shards/set/00000.tar").stat().st_mtime_ns == first
-
-
-def test_s3_is_read_from_where_one_ended(s3):
-    with open_remote("s3://shards/set/00001.tar", 10) as stream:
-        assert (stream.start, stream.size) == (0, len(CONTENT))
-        version = stream.version
-    with open_remote("s3://shards/set/00001.tar", 10, have=1000, version=version) as stream:
-        assert stream.start == 1000
-        assert b"".join(stream.chunks) == CONTENT[1000:]
-    with open_remote("s3://shards/set/00001.tar", 10, have=1000, version="of another file") as stream:
-        assert stream.start == 0
-
-
-@pytest.mark.parametrize("url", ["s3://shards/set/9.tar", "s3://no-such-bucket/0.tar", "s3://shards/set"])
-def test_s3_shards_that_do_not_exist(s3, tmp_path, url):
-    stager = Stager(tmp_path, 10**9)
-    with pytest.raises(DataError, match=f"shard {url}: "):
-        stager.stage(url)
-    assert stager.take_retries() == 0
-
-
-def test_s3_without_credentials(s3, tmp_path, monkeypatch):
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(DataError, match=r"no credentials found; .*FSSPEC_S3_ANON=true"):
-        Stager(tmp_path, 10**9, timeout=11).stage("s3://shards/set/00000.tar")
-
-
-def test_an_s3_server_that_is_not_there_is_tried_as_often_as_said(tmp_path, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    stager = Stager(tmp_path, 10**9, retries=2, timeout=1)
-    with pytest.raises(DataError, match=r"given up after 3 attempts: .*127.0.0.1:9"):
-        stager.stage("s3://shards/set/00000.tar")
-    assert stager.take_retries() == 2
-
-
-def test_an_s3_server_that_does_not_answer(tmp_path, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-        with pytest.raises(DataError, match=r"given up after 2 attempts: Read timeout"):
-            Stager(tmp_path, 10**9, retries=1, timeout=0.4).stage("s3://shards/set/00000.tar")
-
-
-def test_s3_globs(s3):
-    assert expand_shards("s3://shards/set/*.tar", "x") == [f"s3://shards/set/{i:05d}.tar" for i in range(3)]
-    assert expand_shards("s3://shards/set/0000[01].tar", "x") == [f"s3://shards/set/{i:05d}.tar" for i in range(2)]
-    for pattern in ("s3://shards/other/*.tar", "s3://no-such-bucket/*.tar"):
-        with pytest.raises(DataError, match=r"data.train.shards: .*s3://"):
-            expand_shards(pattern, "data.train.shards")
-
-
-def test_counts_from_sizes_json(s3, tmp_path):
-    urls = [f"s3://shards/set/{i:05d}.tar" for i in range(3)]
-    assert remote_counts([urls[1], urls[2], urls[0]], tmp_path) == [12, None, 11]
 
 
 def test_counts_from_img2dataset(server, tmp_path):
@@ -186,6 +96,29 @@ def test_options_of_the_user_are_kept(server, monkeypatch):
     options = remote._options("http", 5)["client_kwargs"]
     assert options["headers"] == {"X": "1"}
     assert options["timeout"].sock_read == 5
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("hf://datasets/a/b/x/0 1.tar", "/datasets/a/b/resolve/main/x/0%201.tar"),
+        ("hf://datasets/a/b@v1.0/0.tar", "/datasets/a/b/resolve/v1.0/0.tar"),
+        ("hf://datasets/a/b@refs/pr/3/0.tar", "/datasets/a/b/resolve/refs%2Fpr%2F3/0.tar"),
+        ("hf://a/b/0.tar", "/a/b/resolve/main/0.tar"),
+        ("hf://buckets/a/b/x/0.tar", "/buckets/a/b/resolve/x/0.tar"),
+    ],
+)
+def test_addresses_on_the_hub(url, address):
+    found, headers = hub_address(url, HfFileSystem(endpoint="http://hub", token="hf_secret"))
+    assert (found, headers["authorization"]) == (f"http://hub{address}", "Bearer hf_secret")
+
+
+def test_addresses_in_buckets_of_google():
+    fs = GCSFileSystem(token="anon", endpoint_url="http://google")
+    address = "http://google/download/storage/v1/b/b/o/x%2F0%201.tar?alt=media"
+    assert google_address("gs://b/x/0 1.tar", fs) == (address, {})
+    payer = GCSFileSystem(token="anon", project="me", requester_pays=True)
+    assert google_address("gs://b/0.tar", payer)[1] == {"X-Goog-User-Project": "me"}
 
 
 class _HubError(Exception):

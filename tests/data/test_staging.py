@@ -210,7 +210,7 @@ def test_open_copies_are_kept_even_over_the_limit(server, tmp_path, caplog):
     descriptors = [stager.open(url) for url in urls]
     assert staged(tmp_path) == ["a", "b", "c"]
     assert [line.getMessage() for line in caplog.records] == [
-        "data.cache_size=2.1 MB is exceeded by 1.05 MB: all shards are in use"
+        "cache_size=2.1 MB is exceeded by 1.05 MB: all shards are in use"
     ]
     assert [os.pread(descriptor, 1, MB - 1) for descriptor in descriptors] == [b"\0", b"\1", b"\2"]
     os.close(descriptors[1])
@@ -237,7 +237,7 @@ def test_open_and_eviction_at_once(server, tmp_path):
 def test_a_shard_over_the_limit(server, tmp_path):
     url = server.add("/a.tar", CONTENT)
     for server.lengths in (True, False):
-        with pytest.raises(DataError, match=r"a.tar takes .* MB or more, over the limit data.cache_size=2.1 MB"):
+        with pytest.raises(DataError, match=r"a.tar takes .* MB or more, over the limit cache_size=2.1 MB"):
             Stager(tmp_path, 2 * MB).stage(url)
 
 
@@ -260,7 +260,7 @@ def test_a_full_disk(server, stager, tmp_path):
         assert stager.stage(url).read_bytes() == CONTENT
     assert staged(tmp_path) == ["b"]
     held = stager.open(urls[1])
-    with pytest.raises(DataError, match=f"disk of data.cache_dir={tmp_path} is full"):
+    with pytest.raises(DataError, match=f"disk of cache_dir={tmp_path} is full: .* another cache_dir"):
         stager.stage(urls[2])
     os.close(held)
 
@@ -268,7 +268,7 @@ def test_a_full_disk(server, stager, tmp_path):
 def test_a_cache_folder_that_cannot_be_used(server, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"data.cache_dir=.*file cannot be used"):
-        Stager(tmp_path / "file", MB).stage(server.add("/a.tar", CONTENT))
+        Stager(tmp_path / "file", MB, group="data.").stage(server.add("/a.tar", CONTENT))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

@@ -9,9 +9,10 @@ from torch import nn
 
 from clip_train.errors import DivergedError
 from clip_train.training.bad_step import clip_or_skip, restore_unless, running_statistics, telling_seed
-from clip_train.training.guard import Guard, RollBack, StepRecord
+from clip_train.training.guard import Guard, StepRecord
 from clip_train.training.guard_report import write_report
 from clip_train.training.health import Health
+from clip_train.training.rollback import RollBack, note_rollback, noted_rollback
 from tests.data.test_batches import train_batches
 
 NAN = float("nan")
@@ -89,6 +90,16 @@ def test_a_rolled_back_module_leaves_the_samples_out_whatever_the_checkpoint_say
     module = SimpleNamespace(skipped_samples=0)
     guard.on_load_checkpoint(None, module, {})  # pyright: ignore[reportArgumentType]
     assert module.skipped_samples == 40
+
+
+def test_a_roll_back_is_known_until_the_run_has_come_further(tmp_path):
+    file, checkpoint = tmp_path / "rollback.json", tmp_path / "samples_00000000000020.ckpt"
+    assert noted_rollback(file, checkpoint) is None
+    for source in (checkpoint, None):
+        note_rollback(file, RollBack(source, 40, 2))
+        found = noted_rollback(file, source)
+        assert found and (found.checkpoint, found.skipped_samples, found.count) == (source, 40, 2)
+        assert noted_rollback(file, tmp_path / "samples_00000000000030.ckpt") is None
 
 
 def test_a_spike_is_said_once_and_again_when_it_was_over():

@@ -5,7 +5,7 @@ import pytest
 
 from clip_train.errors import RunExistsError
 from clip_train.sweeps.trial import Trial, TrialFile
-from clip_train.training.guard import RollBack
+from clip_train.training.rollback import RollBack
 from clip_train.training.trial_report import TrialReport
 
 NOTHING: Any = SimpleNamespace()
