@@ -102,18 +102,8 @@ def make_callbacks(plan: RunPlan, rank_log: RankLog, console: Console) -> RunCal
     sample_log = [SampleLog(folder.path / "samples")] if cfg.data.sample_log else []
     progress = ProgressDisplay(metrics, console)
     # The average takes memory, so that it comes before the search; that comes before anything is timed.
-    in_order = [
-        watchdog,
-        start,
-        *([average] if average else []),
-        *search,
-        guard,
-        bad_samples,
-        staging,
-        agreement,
-        metrics,
-    ]
-    in_order += [*sample_log, checkpointing, progress, validation, trial]
+    in_order = [watchdog, start, *([average] if average else []), *search, guard, bad_samples, staging, agreement]
+    in_order += [metrics, *sample_log, checkpointing, progress, validation, trial]
     return RunCallbacks(guard, metrics, checkpointing, trial, agreement, validation, in_order)
 
 
