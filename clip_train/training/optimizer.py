@@ -75,28 +75,28 @@ def parameter_groups(model: nn.Module, optim: Mapping[str, Any]) -> list[dict[st
     `logit_scale`. That is open_clip's rule. Numbers have a group of their own: where the rest is sharded they are not,
     and a fused optimizer takes no mixture. With `optim.fallback` (Muon) all but the hidden matrices go by it.
     """
-    scales, fallback = _layer_scales(model, optim), optim.get("fallback")
+    towers = {name: optim.get(name) or {} for name in TOWERS}
+    scales, fallback = _layer_scales(model, towers), optim.get("fallback")
     hidden = set() if fallback is None else {p for name in TOWERS for p in hidden_matrices(model.get_submodule(name))}
     groups: dict[tuple, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        rank = 0 if _is_matrix(parameter) else 1 if parameter.ndim else 2
-        tower = optim.get(name.partition(".")[0]) or {}
+        sort = 0 if _is_matrix(parameter) else 1 if parameter.ndim else 2
+        tower = towers.get(name.partition(".")[0], {})
         rule = {} if fallback is None or parameter in hidden else {"use_fallback": True, **_tuples(fallback)}
         rate = _first(tower.get("lr"), optim["lr"]) * scales.get(name, 1.0) * rule.pop("lr_scale", 1.0)
-        decay = 0.0 if rank else _first(tower.get("weight_decay"), optim["weight_decay"])
+        decay = 0.0 if sort else _first(tower.get("weight_decay"), optim["weight_decay"])
         group = {"initial_lr": rate, "lr": rate, "weight_decay": decay, **rule}
-        groups.setdefault((rank, *group.items()), {**group, "params": []})["params"].append((name, parameter))
+        groups.setdefault((sort, *group.items()), {**group, "params": []})["params"].append((name, parameter))
     return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 
 
-def _layer_scales(model: nn.Module, optim: Mapping[str, Any]) -> dict[str, float]:
+def _layer_scales(model: nn.Module, towers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """What the rates of the parameters of towers with `layer_decay` are multiplied by."""
     scales = {}
-    for name in TOWERS:
-        decay = (optim.get(name) or {}).get("layer_decay")
-        if decay is not None:
+    for name, settings in towers.items():
+        if (decay := settings.get("layer_decay")) is not None:
             numbers = layer_numbers(model.get_submodule(name))
             last = max(numbers.values())
             scales |= {f"{name}.{parameter}": decay ** (last - number) for parameter, number in numbers.items()}
