@@ -4,6 +4,7 @@
         manifest.json           samples seen, sizes and checksums of the files below, and about the run
         model.safetensors       weights; of a sharded model, model.00000.safetensors and so on, one file per rank
         optimizer.safetensors   the optimizer's tensors, likewise
+        ema.safetensors         averages of the weights, likewise, where they are kept
         state.pt                all else: schedule, scaler, counters of callbacks
 
 It is written under another name and renamed when everything is on the disk, so that it is whole or absent.
@@ -85,7 +86,7 @@ def write_pieces(folder: Path, snapshot: Snapshot, rank: int, sharded: bool) -> 
     folder.mkdir(parents=True, exist_ok=True)
     tag = f".{rank:05d}" if sharded else ""
     files = {}
-    for name, pieces in (("model", snapshot.model), ("optimizer", snapshot.optimizer)):
+    for name, pieces in (("model", snapshot.model), ("optimizer", snapshot.optimizer), ("ema", snapshot.ema)):
         if pieces:
             file = f"{name}{tag}.safetensors"
             files[file] = write_tensors(folder / file, pieces)
@@ -191,8 +192,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     rest = torch.load(io.BytesIO((path / STATE).read_bytes()), map_location="cpu", weights_only=True)
     # The optimizer takes the tensors as they are: they must not be a view of the file.
     optimizers = {name: tensor.clone() for name, tensor in read_tensors(_files(path, "optimizer")).items()}
+    averages = read_tensors(_files(path, "ema"))
     return {
         **rest,
+        **({"ema": averages} if averages else {}),
         "state_dict": read_weights(path),
         "optimizer_states": join_optimizers(optimizers, rest["optimizer_states"]),
     }
@@ -201,6 +204,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """The weights alone, as the LightningModule names them, in host memory."""
     return read_tensors(_files(path, "model"))
+
+
+def read_ema_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights, as `read_weights` has them, with their averages (`ema.decay`) in place of those that were trained.
+
+    Raises:
+        InvalidCheckpointError: the run kept no averages.
+    """
+    averages = read_tensors(_files(path, "ema"))
+    if not averages:
+        raise InvalidCheckpointError("it has no averaged weights: the run had no ema.decay")
+    weights = read_weights(path)
+    return {**weights, **{name: average.to(weights[name].dtype) for name, average in averages.items()}}
 
 
 def weight_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -18,14 +18,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     cut = {
-        number: {name: _like(value, parameters[number]) for name, value in values.items()}
+        number: {name: cut_like(value, parameters[number]) for name, value in values.items()}
         for number, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": cut})
 
 
-def _like(value: Any, parameter: Tensor) -> Any:
-    """A moment of a sharded parameter, cut as it is; numbers and step counts as they are."""
+def cut_like(value: Any, parameter: Tensor) -> Any:
+    """What belongs to a sharded parameter and has its shape, cut as it is; numbers and step counts as they are."""
     if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)

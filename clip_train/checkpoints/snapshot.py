@@ -1,7 +1,7 @@
 """A trainer's state at the end of a step, held still while training goes on."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,12 +20,14 @@ class Snapshot:
         model: weights by name.
         optimizer: state by `optimizer/parameter/name`.
         rest: all else, plain values and small tensors, as `torch.save` writes them; None on ranks but the first.
+        ema: averages of weights by the weights' names; empty where none are kept.
     """
 
     samples_seen: int
     model: dict[str, Piece]
     optimizer: dict[str, Piece]
     rest: bytes | None
+    ema: dict[str, Piece] = field(default_factory=dict)
 
 
 class SnapshotTaker:
@@ -45,15 +47,18 @@ class SnapshotTaker:
         """Split and copy Lightning's checkpoint.
 
         Args:
-            checkpoint: with `state_dict`, `optimizer_states` and `samples_seen`; not changed.
+            checkpoint: with `state_dict`, `optimizer_states`, `samples_seen` and perhaps `ema`; not changed.
             rank: the first one takes all that is not sharded.
         """
         optimizer_tensors, optimizer_rest = _split_optimizers(checkpoint["optimizer_states"])
+        rest = {**checkpoint, "state_dict": {}, "optimizer_states": optimizer_rest}
+        averages = rest.pop("ema", {})
         return Snapshot(
             checkpoint["samples_seen"],
             model=self._pieces("model", checkpoint["state_dict"], rank),
             optimizer=self._pieces("optimizer", optimizer_tensors, rank),
-            rest=None if rank else _serialised({**checkpoint, "state_dict": {}, "optimizer_states": optimizer_rest}),
+            rest=None if rank else _serialised(rest),
+            ema=self._pieces("ema", averages, rank),
         )
 
     def _pieces(self, group: str, tensors: dict[str, Tensor], rank: int) -> dict[str, Piece]:

@@ -1,7 +1,7 @@
 """A step whose loss or gradient is not finite, on whichever rank, changes nothing on any of them."""
 
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Callable, Iterable
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -23,8 +23,8 @@ def clip_or_skip(
 ) -> Float[Tensor, ""]:
     """Clip the synchronised gradient; if its norm is not finite, make the optimizer's next step do nothing.
 
-    The device decides: a fused optimizer reads `found_inf`, as the gradient scaler of fp16 leaves it, and the host does
-    not wait. An optimizer that is not fused is left to that scaler, which skips such a step itself.
+    The device decides for a fused optimizer: it reads `found_inf`, as the gradient scaler of fp16 leaves it, and the
+    host does not wait. For any other the host reads the norm (`make_skippable`).
 
     Args:
         limit: the largest norm; None only measures it.
@@ -38,7 +38,25 @@ def clip_or_skip(
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     if optimizer.defaults.get("fused"):
         optimizer.found_inf = (~norm.isfinite()).float()  # pyright: ignore[reportAttributeAccessIssue]
+    else:
+        optimizer.skips_step = not norm.isfinite()  # pyright: ignore[reportAttributeAccessIssue]
     return norm
+
+
+def make_skippable(optimizer: torch.optim.Optimizer) -> None:
+    """Let `clip_or_skip`, called in the step's closure or before the step, make it do nothing.
+
+    Steps without gradients would not do: LAMB counts them.
+    """
+    step = optimizer.step
+
+    def step_or_skip(closure: Callable[[], Any] | None = None) -> Any:
+        result = None if closure is None else closure()
+        if not getattr(optimizer, "skips_step", False):
+            step()
+        return result
+
+    optimizer.step = step_or_skip
 
 
 def _norm(grads: list[Tensor]) -> Float[Tensor, ""]:

@@ -18,6 +18,7 @@ from clip_train.training.cached_gradients import refuse_batch_norm
 from clip_train.training.checkpointing import Checkpointing
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.durations import Clock
+from clip_train.training.ema import WeightAverage
 from clip_train.training.guard import Guard
 from clip_train.training.guard_report import write_report
 from clip_train.training.health import Health
@@ -91,15 +92,17 @@ def make_callbacks(plan: RunPlan, rank_log: RankLog, console: Console) -> RunCal
     checkpointing = _checkpointing(plan, metrics)
     trial = TrialReport(folder.path, plan.world.rank, plan.clock.cadence(cfg.eval.every, "eval.every"), metrics)
     agreement = RankAgreement(bad_samples, [staging.retries, trial.vote, *checkpointing.votes])
-    validation = _validation(plan, metrics, (checkpointing.after_evaluation, trial.after_evaluation))
+    decay = OmegaConf.select(cfg, "ema.decay")
+    average = None if decay is None else WeightAverage(decay)
+    validation = _validation(plan, metrics, average, (checkpointing.after_evaluation, trial.after_evaluation))
     watchdog = Watchdog(folder.path / "stacks", *timeouts(cfg))
     start = _start(plan, rank_log, console)
     search = [_micro_batch_search(plan)] if cfg.micro_batch_size == "auto" else []
     sample_log = [SampleLog(folder.path / "samples")] if cfg.data.sample_log else []
     progress = ProgressDisplay(metrics, console)
-    # The search comes before anything is timed.
-    in_order = [watchdog, start, *search, guard, bad_samples, staging, agreement, metrics]
-    in_order += [*sample_log, checkpointing, progress, validation, trial]
+    # The average takes memory, so that it comes before the search; that comes before anything is timed.
+    in_order = [watchdog, start, *([average] if average else []), *search, guard, bad_samples, staging, agreement]
+    in_order += [metrics, *sample_log, checkpointing, progress, validation, trial]
     return RunCallbacks(guard, metrics, checkpointing, trial, agreement, validation, in_order)
 
 
@@ -173,7 +176,9 @@ def _checkpointing(plan: RunPlan, metrics: TrainMetrics) -> Checkpointing:
     )
 
 
-def _validation(plan: RunPlan, metrics: TrainMetrics, after: Sequence[AfterEvaluation]) -> Validation:
+def _validation(
+    plan: RunPlan, metrics: TrainMetrics, average: WeightAverage | None, after: Sequence[AfterEvaluation]
+) -> Validation:
     settings = plan.cfg.eval
     return Validation(
         plan.data.val_sets,
@@ -182,6 +187,7 @@ def _validation(plan: RunPlan, metrics: TrainMetrics, after: Sequence[AfterEvalu
         num_workers=plan.data.num_workers,
         picture=plan.folder.path / "retrieval.png" if settings.picture else None,
         metrics=metrics,
+        average=average,
         after=after,
         owed=plan.checkpoint is not None and not plan.checkpoint.manifest.about.get("metrics"),
     )

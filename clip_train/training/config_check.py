@@ -10,6 +10,8 @@ from clip_train.data.tokenizer import LONG_CAPTIONS
 from clip_train.errors import ConfigError
 from clip_train.models.dual_encoder import INITIAL_LOGIT_SCALE
 from clip_train.training.launch import World
+from clip_train.training.optimizer import OPTIMIZERS, TOWERS
+from clip_train.training.schedule import COOLDOWN_SHAPES, SHAPES
 
 # Key, type, least value.
 _NUMBERS: tuple[tuple[str, type, float], ...] = (
@@ -31,7 +33,20 @@ _NUMBERS: tuple[tuple[str, type, float], ...] = (
     ("optim.lr", Real, 0),
     ("optim.weight_decay", Real, 0),
     ("optim.eps", Real, 0),
+    ("optim.momentum", Real, 0),
     ("optim.grad_clip", Real, 0),
+    ("optim.vision.lr", Real, 0),
+    ("optim.vision.weight_decay", Real, 0),
+    ("optim.vision.layer_decay", Real, 0),
+    ("optim.text.lr", Real, 0),
+    ("optim.text.weight_decay", Real, 0),
+    ("optim.text.layer_decay", Real, 0),
+    ("optim.fallback.lr_scale", Real, 0),
+    ("optim.fallback.eps", Real, 0),
+    ("schedule.end_factor", Real, 0),
+    ("schedule.cooldown_power", Real, 0),
+    ("schedule.period_factor", Real, 1),
+    ("ema.decay", Real, 0),
     ("trainer.log_every", int, 1),
     ("checkpoint.keep", int, 1),
     ("checkpoint.keep_best", int, 1),
@@ -50,15 +65,31 @@ _MAY_BE = {
     "guard.logit_scale.steps_at_limit": (None,),
     "guard.logit_scale.least": (None,),
     "optim.grad_clip": (None,),
+    **{f"optim.{tower}.{key}": (None,) for tower in TOWERS for key in ("lr", "weight_decay", "layer_decay")},
+    "ema.decay": (None,),
     "micro_batch_size": (None, "auto"),
     "model.init_logit_bias": (None,),
 }
+# Shares, which are at most 1.
+_SHARES = (
+    "data.word_dropout",
+    "optim.vision.layer_decay",
+    "optim.text.layer_decay",
+    "schedule.end_factor",
+    "ema.decay",
+)
+# What some choices of these groups have and others have not, or a config of before there were any.
+_OPTIONAL = ("optim.eps", "optim.momentum", "optim.vision.", "optim.text.", "optim.fallback.", "schedule.", "ema.")
 _DEFAULTS = {"model.init_logit_scale": INITIAL_LOGIT_SCALE}  # a model config of the user's need not have it
+_ABSENT = object()
 _LN_100 = math.log(100)
 _CHOICES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("trainer.precision", ("32", "bf16-mixed", "16-mixed", "bf16-true")),
     ("trainer.strategy", ("auto", "ddp", "fsdp")),
     ("checkpoint.best_mode", ("max", "min")),
+    ("optim.name", tuple(OPTIMIZERS)),
+    ("schedule.name", tuple(SHAPES)),
+    ("schedule.cooldown_shape", COOLDOWN_SHAPES),
     ("data.decode", ("fast", "exact")),
     ("data.long_captions", LONG_CAPTIONS),
     ("data.val.resize_mode", RESIZE_MODES),
@@ -76,7 +107,9 @@ def check_config(cfg: DictConfig, world: World) -> None:
     if missing:
         raise ConfigError(f"{missing[0]} has no value: give {missing[0]}=...")
     for key, kind, least in _NUMBERS:
-        value = OmegaConf.select(cfg, key, default=_DEFAULTS.get(key))
+        value = OmegaConf.select(cfg, key, default=_DEFAULTS.get(key, _ABSENT))
+        if value is _ABSENT and key.startswith(_OPTIONAL):
+            continue
         if key in _MAY_BE and value in _MAY_BE[key]:
             continue
         if isinstance(value, bool) or not isinstance(value, kind) or value is None or not value >= least:
@@ -88,10 +121,11 @@ def check_config(cfg: DictConfig, world: World) -> None:
         value = OmegaConf.select(cfg, key, default=choices[0])
         if ("null" if value is None else str(value)) not in choices:
             raise ConfigError(f"{key}={value} is none of {', '.join(choices)}")
+    for key in _SHARES:
+        if (OmegaConf.select(cfg, key) or 0) > 1:
+            raise ConfigError(f"{key}={OmegaConf.select(cfg, key)} is a share: give at most 1")
     _check_logits(cfg)
     _check_fsdp(cfg)
-    if cfg.data.word_dropout > 1:
-        raise ConfigError(f"data.word_dropout={cfg.data.word_dropout} is a share: give at most 1")
     if rest := cfg.batch_size % world.size:
         below, above = cfg.batch_size - rest, cfg.batch_size - rest + world.size
         nearest = f"{below} or {above}" if below else str(above)
@@ -107,6 +141,9 @@ def _check_fsdp(cfg: DictConfig) -> None:
         raise ConfigError("micro_batch_size=auto does not try with trainer.strategy=fsdp: give a number, or take ddp")
     if cfg.trainer.precision == "16-mixed":
         raise ConfigError("trainer.precision=16-mixed does not go with trainer.strategy=fsdp: take bf16-mixed or 32")
+    if not OPTIMIZERS[name := cfg.optim.get("name", "adamw")].can_shard:
+        others = ", ".join(other for other, kind in OPTIMIZERS.items() if kind.can_shard)
+        raise ConfigError(f"optim={name} needs whole matrices, not trainer.strategy=fsdp: take ddp, or one of {others}")
 
 
 def _check_logits(cfg: DictConfig) -> None:

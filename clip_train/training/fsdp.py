@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from clip_train.checkpoints.restore import restore_optimizer
 from clip_train.distributed import group_size
 from clip_train.models import DualEncoder
+from clip_train.models.layers import repeated_blocks
 from clip_train.training.module import ClipModule
 
 
@@ -66,18 +67,6 @@ def shard_towers(model: DualEncoder, mesh: DeviceMesh) -> None:
         for block in repeated_blocks(tower):
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         fully_shard(tower, mesh=mesh, reshard_after_forward=False)
-
-
-def repeated_blocks(tower: nn.Module) -> list[nn.Module]:
-    """What a tower is made of, inner ones first: transformer blocks, or a convolutional network's blocks and stages."""
-    rows = [list(module) for module in tower.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
-    return [
-        block
-        for row in reversed(rows)  # modules() names the outer ones first
-        if len(row) > 1 and len({type(block) for block in row}) == 1
-        for block in row
-        if not isinstance(block, nn.ModuleList) and any(True for _ in block.parameters())
-    ]
 
 
 def average_gradients(parameters: Iterator[nn.Parameter]) -> None:

@@ -18,8 +18,8 @@ from clip_train.training.bad_step import clip_or_skip, restore_unless, running_s
 from clip_train.training.cached_gradients import cached_backward, refuse_batch_norm
 from clip_train.training.durations import Clock
 from clip_train.training.memory import explained_out_of_memory
-from clip_train.training.optimizer import build_adamw, keep_settings
-from clip_train.training.schedule import warmup_cosine
+from clip_train.training.optimizer import build_optimizer, set_rates, with_settings_of
+from clip_train.training.schedule import COSINE, make_schedule
 
 Loss = Callable[..., Tensor]
 
@@ -34,8 +34,13 @@ class ClipModule(L.LightningModule):
         clock: batch size and length of the run.
         seed: of the noise inside the model, if it has any.
         micro_batch_size: pairs per rank that go through the towers at once; None for all.
+        schedule: the `schedule` group of the configs.
+
+    Raises:
+        ConfigError: the optimizer or the schedule refuses its settings.
 
     Attributes:
+        lr: the learning rate of the step, where no tower or layer has its own.
         samples_seen: pairs consumed by finished steps; it decides what comes next.
         skipped_samples: pairs of the stream left out before that, by a roll-back.
         step_metrics: scalars of the last step, on the device.
@@ -49,6 +54,7 @@ class ClipModule(L.LightningModule):
         clock: Clock,
         seed: int,
         micro_batch_size: int | None = None,
+        schedule: Mapping = COSINE,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # a step may have several backward passes
@@ -62,6 +68,9 @@ class ClipModule(L.LightningModule):
         self.micro_batch_size = micro_batch_size
         self.samples_seen = self.skipped_samples = 0
         self.warmup_samples = clock.samples(optim["warmup"], "optim.warmup")
+        self.schedule = make_schedule(schedule, clock, self.warmup_samples)
+        self.lr = optim["lr"]
+        build_optimizer(model, optim, fused=False)  # what it refuses, it refuses before anything is written
         self.step_metrics: dict[str, Tensor | float] = {}
 
     @property
@@ -79,7 +88,7 @@ class ClipModule(L.LightningModule):
         optimizer.zero_grad()
         restore_unless(torch.as_tensor(self.step_metrics["train/grad_norm"]).isfinite(), statistics)
         self.model.clamp_logit_scale()
-        self.step_metrics["train/lr"] = optimizer.param_groups[0]["lr"]
+        self.step_metrics["train/lr"] = self.lr
         self.samples_seen += self.clock.batch_size
         if self.samples_seen >= self.clock.total_samples:
             self.trainer.should_stop = True
@@ -115,30 +124,19 @@ class ClipModule(L.LightningModule):
         return moved
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        settings = {name: self.optim[name] for name in ("lr", "weight_decay", "betas", "eps")}
-        return build_adamw(self.model, **settings, fused=self._fused)
-
-    @property
-    def _fused(self) -> bool:
-        """Of the optimizer: the gradient scaler of fp16 hands a fused one unscaled gradients, too late for clipping."""
-        return self.trainer.precision != "16-mixed"
+        # The gradient scaler of fp16 hands a fused optimizer unscaled gradients, too late for clipping.
+        return build_optimizer(self.model, self.optim, fused=self.trainer.precision != "16-mixed")
 
     def on_train_start(self) -> None:
-        keep_settings(self.trainer.optimizers[0], self.optim)  # a checkpoint brings those that it was made with
         self.trainer.should_stop |= self.samples_seen >= self.clock.total_samples  # a resumed run may be complete
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         # Dropout and the like must not depend on what was drawn before, or a resumed run would differ.
         torch.manual_seed(int(keyed_bits(MODEL_NOISE, self.seed, self.samples_seen, self.global_rank, count=1)[0]) >> 1)
-        factor = warmup_cosine(
-            self.samples_seen,
-            batch_size=self.clock.batch_size,
-            warmup_samples=self.warmup_samples,
-            total_samples=self.clock.total_samples,
-        )
+        factor = self.schedule(self.samples_seen)
+        self.lr = self.optim["lr"] * factor
         for optimizer in self.trainer.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.optim["lr"] * factor
+            set_rates(optimizer, factor)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.step_metrics["train/grad_norm"] = clip_or_skip(
@@ -150,6 +148,7 @@ class ClipModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self.samples_seen, self.skipped_samples = checkpoint["samples_seen"], checkpoint["skipped_samples"]
-        for state in checkpoint["optimizer_states"]:
-            for group in state["param_groups"]:
-                group["fused"] = self._fused  # the precision may be another now; decides where `step` is kept, too
+        # A checkpoint brings the settings that it was made with; those of this run count.
+        fresh = self.configure_optimizers()
+        states = checkpoint["optimizer_states"]
+        checkpoint["optimizer_states"] = [with_settings_of(fresh, state, self.model) for state in states]

@@ -1,36 +1,153 @@
-"""AdamW with decay on matrices only."""
+"""The optimizer: which parameters learn how fast, with what decay, by which rule; and its state under new settings."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
+import timm.optim
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from clip_train.errors import ConfigError
+from clip_train.models.layers import hidden_matrices, layer_numbers
+from clip_train.training.bad_step import make_skippable
+
+TOWERS = ("vision", "text")
+# Of the `optim` group, what is not an argument of the optimizer.
+_OURS = ("name", "lr", "weight_decay", "warmup", "grad_clip", "fallback", *TOWERS)
 
 
-def build_adamw(
-    model: nn.Module, *, lr: float, weight_decay: float, betas: Sequence[float], eps: float, fused: bool
-) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters.
+@dataclass(frozen=True)
+class Kind:
+    """An optimizer that `optim.name` can choose.
+
+    Attributes:
+        build: its class, or a function like it.
+        can_fuse: whether it takes `fused`, and then leaves out a bad step by itself, without the host.
+        can_shard: whether shards of a tensor get the update that the whole tensor would get.
+        fixed: arguments that are not the user's to choose.
+    """
+
+    build: Callable[..., torch.optim.Optimizer]
+    can_fuse: bool = False
+    can_shard: bool = True
+    fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+OPTIMIZERS = {
+    "adamw": Kind(torch.optim.AdamW, can_fuse=True),
+    "lion": Kind(timm.optim.Lion),
+    "lamb": Kind(timm.optim.Lamb, fixed={"max_grad_norm": None}),  # optim.grad_clip is for all optimizers
+    "muon": Kind(timm.optim.Muon, can_shard=False),
+    "sgd": Kind(torch.optim.SGD),  # fused, it would spoil its momentum if its first step is a bad one
+}
+
+
+def build_optimizer(model: nn.Module, optim: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
+    """The optimizer of the `optim` group over the trainable parameters.
+
+    Args:
+        model: with the towers `vision` and `text`.
+        optim: the group; what is not named here goes to the optimizer's class.
+        fused: take the fused form where there is one.
+
+    Raises:
+        ConfigError: the class refuses its settings.
+    """
+    name = optim.get("name", "adamw")
+    kind = OPTIMIZERS[name]
+    options = _tuples({key: value for key, value in optim.items() if key not in _OURS})
+    options |= {**kind.fixed, **({"fused": fused} if kind.can_fuse else {})}
+    try:
+        optimizer = kind.build(parameter_groups(model, optim), lr=optim["lr"], **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optim={name}: {error}") from error
+    if not optimizer.defaults.get("fused"):
+        make_skippable(optimizer)
+    return optimizer
+
+
+def parameter_groups(model: nn.Module, optim: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The trainable parameters, with their names, by what they share: `initial_lr`, the rate at the peak, and decay.
 
     No decay on what is a vector or a number once axes of size 1 are dropped: biases, gains of norms, class tokens,
     `logit_scale`. That is open_clip's rule. Numbers have a group of their own: where the rest is sharded they are not,
-    and a fused optimizer takes no mixture.
+    and a fused optimizer takes no mixture. With `optim.fallback` (Muon) all but the hidden matrices go by it.
     """
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if _is_matrix(parameter)]
-    vectors = [parameter for parameter in trainable if not _is_matrix(parameter) and parameter.ndim]
-    numbers = [parameter for parameter in trainable if not parameter.ndim]
-    decays = ((matrices, weight_decay), (vectors, 0.0), (numbers, 0.0))
-    groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
-    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused)
+    towers = {name: optim.get(name) or {} for name in TOWERS}
+    scales, fallback = _layer_scales(model, towers), optim.get("fallback")
+    hidden = set() if fallback is None else {p for name in TOWERS for p in hidden_matrices(model.get_submodule(name))}
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        sort = 0 if _is_matrix(parameter) else 1 if parameter.ndim else 2
+        tower = towers.get(name.partition(".")[0], {})
+        rule = {} if fallback is None or parameter in hidden else {"use_fallback": True, **_tuples(fallback)}
+        rate = _first(tower.get("lr"), optim["lr"]) * scales.get(name, 1.0) * rule.pop("lr_scale", 1.0)
+        decay = 0.0 if sort else _first(tower.get("weight_decay"), optim["weight_decay"])
+        group = {"initial_lr": rate, "lr": rate, "weight_decay": decay, **rule}
+        groups.setdefault((sort, *group.items()), {**group, "params": []})["params"].append((name, parameter))
+    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
 
 
-def keep_settings(optimizer: torch.optim.Optimizer, optim: Mapping[str, Any]) -> None:
-    """Give the optimizer of `build_adamw` the settings of a config, but for the rate, which changes with each step."""
-    for group in optimizer.param_groups:
-        weight_decay = optim["weight_decay"] if _is_matrix(group["params"][0]) else 0.0
-        group |= {"betas": tuple(optim["betas"]), "eps": optim["eps"], "weight_decay": weight_decay}
+def _layer_scales(model: nn.Module, towers: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """What the rates of the parameters of towers with `layer_decay` are multiplied by."""
+    scales = {}
+    for name, settings in towers.items():
+        if (decay := settings.get("layer_decay")) is not None:
+            numbers = layer_numbers(model.get_submodule(name))
+            last = max(numbers.values())
+            scales |= {f"{name}.{parameter}": decay ** (last - number) for parameter, number in numbers.items()}
+    return scales
 
 
-def _is_matrix(parameter: nn.Parameter) -> bool:
+def _is_matrix(parameter: Tensor) -> bool:
     return sum(size > 1 for size in parameter.shape) >= 2
+
+
+def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)
+
+
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give each group its share of its rate at the peak."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def with_settings_of(fresh: torch.optim.Optimizer, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A saved state of an optimizer of the same kind, with the groups and settings of a fresh one.
+
+    Parameters are found by their names, so the groups may be others. Those that were not there begin without a state.
+
+    Args:
+        fresh: over the model's parameters.
+        state: a saved state dict.
+        model: whose parameters those are.
+    """
+    saved = dict(zip(_names(state, model), _members(state), strict=True))
+    groups, found = fresh.state_dict()["param_groups"], {}
+    for group in groups:
+        known = {number: saved[name] for number, name in zip(group["params"], group["param_names"]) if name in saved}
+        found |= {number: values for number, (_, values) in known.items() if values is not None}
+        before = next((old for old, _ in known.values()), {})
+        group |= {key: value for key, value in before.items() if key not in group}  # LAMB counts its steps there
+    return {"state": found, "param_groups": groups}
+
+
+def _members(state: Mapping[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any] | None]]:
+    """Of each parameter, in their order: its group and its own state, if it has one."""
+    return [(group, state["state"].get(number)) for group in state["param_groups"] for number in group["params"]]
+
+
+def _names(state: Mapping[str, Any], model: nn.Module) -> list[str]:
+    if "param_names" in state["param_groups"][0]:
+        return [name for group in state["param_groups"] for name in group["param_names"]]
+    groups = parameter_groups(model, {"lr": 0.0, "weight_decay": 0.0})  # as they all were before names were saved
+    return [name for group in groups for name, _ in group["params"]]

@@ -114,6 +114,7 @@ def check_resumable(
         ConfigError: what differs may not.
     """
     about = checkpoint.manifest.about
+    _check_optimizer(checkpoint.path, about["config"], config)
     check_model(checkpoint.path, {f"model.{name}": tuple(w.shape) for name, w in model.state_dict().items()})
     found = differences(about["data"], data)
     if about["config"]["seed"] != config["seed"]:
@@ -123,6 +124,15 @@ def check_resumable(
     changed = changed_settings({**before, "world_size": about["world_size"]}, {**now, "world_size": world_size})
     if changed:
         log.warning("going on with other settings than %s had: %s", checkpoint.path.name, ", ".join(changed))
+
+
+def _check_optimizer(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    was, wanted = (config.get("optim", {}).get("name", "adamw") for config in (before, now))
+    if was != wanted:
+        raise ConfigError(
+            f"resume: {path} has the optimizer state of optim={was}, of no use to optim={wanted}: keep {was}, or start"
+            f" a new run from the weights with init_from={path}"
+        )
 
 
 def load_initial_weights(model: DualEncoder, source: str) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -40,11 +40,13 @@ def _table(cfg: DictConfig, folder: RunFolder, module: ClipModule, data: ClipDat
         "batch": f"{clock.batch_size:,} = {world.size} process(es) x {clock.batch_size // world.size:,}",
         "samples": f"{order.num_samples:,} in {num_shards:,} shards",
         "length": f"{clock.total_samples:,} samples = {steps:,} steps = {epochs:.4g} epochs",
-        "learning rate": f"{module.optim['lr']:g}, {module.warmup_samples:,} samples of warm-up, then cosine",
+        "optimizer": _optimizer(cfg, module),
         "validation": ", ".join(f"{name} ({len(pairs):,})" for name, pairs in data.val_sets.items()) or "none",
         "devices": f"{world.size} x {world.accelerator} on {world.num_nodes} node(s), {cfg.trainer.precision}",
         "loader": f"{data.num_workers} worker(s) per process",
     }
+    if (decay := OmegaConf.select(cfg, "ema.decay")) is not None:
+        rows["evaluated"] = f"the average of the weights, decay {decay:g}"
     if module.samples_seen:
         rows["resumed"] = f"at {module.samples_seen:,} samples"
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -53,3 +55,9 @@ def _table(cfg: DictConfig, folder: RunFolder, module: ClipModule, data: ClipDat
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _optimizer(cfg: DictConfig, module: ClipModule) -> str:
+    """Such as `adamw, rate 0.0005, 64 samples of warm-up, then cosine`."""
+    name, schedule = cfg.optim.get("name", "adamw"), OmegaConf.select(cfg, "schedule.name", default="cosine")
+    return f"{name}, rate {module.optim['lr']:g}, {module.warmup_samples:,} samples of warm-up, then {schedule}"

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning as L
@@ -12,6 +13,7 @@ from clip_train.errors import ConfigError
 from clip_train.evaluation.features import Features, encode_pairs
 from clip_train.evaluation.retrieval import METRICS, retrieval_metrics
 from clip_train.training.durations import passes
+from clip_train.training.ema import WeightAverage
 from clip_train.training.fsdp import whole_weights
 from clip_train.training.metrics import TrainMetrics, log_metrics
 from clip_train.training.module import ClipModule
@@ -31,6 +33,7 @@ class Validation(Callback):
         num_workers: loader processes.
         picture: where the last evaluation draws the first set's retrieval; None for no picture.
         metrics: whose clock stands still meanwhile.
+        average: of the weights, evaluated in their place; None evaluates the weights.
         after: are told of all sets' metrics, on every rank.
         owed: the run goes on from a checkpoint without metrics: an evaluation that was due there is made up.
 
@@ -47,10 +50,11 @@ class Validation(Callback):
         num_workers: int,
         picture: Path | None,
         metrics: TrainMetrics,
+        average: WeightAverage | None = None,
         after: Sequence[AfterEvaluation],
         owed: bool = False,
     ) -> None:
-        self.metrics, self.after, self.owed = metrics, after, owed
+        self.metrics, self.average, self.after, self.owed = metrics, average, after, owed
         self.sets, self.every_samples, self.picture = sets, every_samples, picture
         self.batch_size, self.num_workers = batch_size, num_workers
         self.latest: dict[str, float] = {}
@@ -72,6 +76,13 @@ class Validation(Callback):
             self._evaluate(trainer, pl_module, final=True)
 
     def _evaluate(self, trainer: L.Trainer, pl_module: ClipModule, final: bool) -> None:
+        with self.average.in_place_of_weights(pl_module) if self.average else nullcontext():
+            self._evaluate_sets(trainer, pl_module, final)
+        if self.sets:
+            for told in self.after:
+                told(trainer, pl_module, self.latest)
+
+    def _evaluate_sets(self, trainer: L.Trainer, pl_module: ClipModule, final: bool) -> None:
         for number, (name, batches) in enumerate(self.sets.items()):
             with whole_weights(pl_module.model):
                 features = encode_pairs(
@@ -88,9 +99,6 @@ class Validation(Callback):
             log.info("%s", _sentence(name, len(batches), scores))
             if final and number == 0:
                 self._draw(trainer, _sentence(name, len(batches), scores), batches, features)
-        if self.sets:
-            for told in self.after:
-                told(trainer, pl_module, self.latest)
 
     def _draw(self, trainer: L.Trainer, title: str, batches: EvalBatches, features: Features) -> None:
         if self.picture is not None and trainer.is_global_zero:

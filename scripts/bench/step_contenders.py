@@ -20,7 +20,7 @@ from torch import Tensor
 from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder
 from clip_train.training.cached_gradients import cached_backward
-from clip_train.training.optimizer import build_adamw
+from clip_train.training.optimizer import build_optimizer
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
 _ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.2, "betas": (0.9, 0.98), "eps": 1e-6}
@@ -70,7 +70,7 @@ def _batch(model: str, count: int) -> tuple[Tensor, Tensor]:
 
 def _ours(model: str, batch: int, micro_batch: int | None) -> Callable[[], None]:
     encoder = create_dual_encoder(**_config(model))
-    optimizer = build_adamw(encoder, **_ADAMW, fused=True)
+    optimizer = build_optimizer(encoder, _ADAMW, fused=True)
     inputs = _batch(model, batch)
 
     def step() -> None:

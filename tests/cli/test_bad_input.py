@@ -89,6 +89,32 @@ def test_values_of_the_loss_and_the_micro_batch(fail, setting, message):
     assert message in fail(setting)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("optim.name=adam", "optim.name=adam is none of adamw, lion, lamb, muon, sgd"),
+        ("optim.betas=[2,0.9]", "optim=adamw: Invalid beta parameter at index 0: 2"),
+        ("optim.text.layer_decay=1.5", "optim.text.layer_decay=1.5 is a share: give at most 1"),
+        ("optim.vision.lr=fast", "optim.vision.lr=fast is not a number of at least 0, nor null"),
+        ("schedule.end_factor=2", "schedule.end_factor=2 is a share"),
+        ("schedule=constant schedule.cooldown=late", "schedule.cooldown='late' is no duration"),
+        ("schedule=constant schedule.cooldown_shape=line", "schedule.cooldown_shape=line is none of power, 1-sqrt"),
+        ("schedule.name=rsqrt", "schedule.name=rsqrt needs cooldown: choose its file, schedule=rsqrt"),
+        (
+            "schedule=warm_restarts schedule.period_factor=0.5",
+            "schedule.period_factor=0.5 is not a number of at least 1",
+        ),
+        ("ema.decay=2", "ema.decay=2 is a share"),
+        (
+            "optim=muon trainer.strategy=fsdp",
+            "optim=muon needs whole matrices, not trainer.strategy=fsdp: take ddp, or",
+        ),
+    ],
+)
+def test_values_of_the_optimizer_and_the_schedule(fail, settings, message):
+    assert message in fail(*settings.split())
+
+
 def test_sigmoid_loss_without_a_bias(fail):
     assert "give model.init_logit_bias a number" in fail("loss=sigmoid", "model.init_logit_bias=null")
 

@@ -1,0 +1,62 @@
+"""How deep in its tower a parameter lies, and what a tower repeats."""
+
+from typing import cast
+
+from timm.models import group_parameters
+from torch import nn
+
+from clip_train.errors import ConfigError
+
+
+def layer_numbers(tower: nn.Module) -> dict[str, int]:
+    """The layer of each parameter, by its name in the tower.
+
+    0 is what comes before the blocks, then come the blocks, and the last number is what comes after them: final norm,
+    pooling and projection. BEiT counts so (Bao et al., 2022, arXiv:2106.08254).
+
+    Raises:
+        ConfigError: there are no blocks to count.
+    """
+    trunk = tower.get_submodule("trunk")
+    names = [name for name, _ in tower.named_parameters()]  # in the order of use
+    inside = {id(p) for block in _blocks(trunk) for p in block.parameters()}
+    places = [place for place, (_, p) in enumerate(tower.named_parameters()) if id(p) in inside]
+    if not places:
+        raise ConfigError(f"layer_decay: {type(trunk).__name__} has no blocks to count: leave it null")
+    matcher = getattr(trunk, "group_matcher", None)  # timm's models know theirs
+    found = _in_row(trunk) if matcher is None else group_parameters(trunk, matcher(coarse=False), reverse=True)
+    within = {name: cast(int, found[name.removeprefix("trunk.")]) for name in names[places[0] : places[-1] + 1]}
+    last = max(within.values()) + 1
+    return {name: 0 if place < places[0] else within.get(name, last) for place, name in enumerate(names)}
+
+
+def _in_row(trunk: nn.Module) -> dict[str, int]:
+    blocks = {id(p): number for number, block in enumerate(_longest_row(trunk), 1) for p in block.parameters()}
+    return {name: blocks[id(p)] for name, p in trunk.named_parameters() if id(p) in blocks}
+
+
+def _blocks(tower: nn.Module) -> list[nn.Module]:
+    return repeated_blocks(tower) or _longest_row(tower)
+
+
+def _longest_row(module: nn.Module) -> list[nn.Module]:
+    rows = [list(part) for part in module.modules() if isinstance(part, nn.ModuleList)]
+    return max(rows, key=len, default=[])
+
+
+def repeated_blocks(tower: nn.Module) -> list[nn.Module]:
+    """What a tower is made of, inner ones first: transformer blocks, or a convolutional network's blocks and stages."""
+    rows = [list(module) for module in tower.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
+    return [
+        block
+        for row in reversed(rows)  # modules() names the outer ones first
+        if len(row) > 1 and len({type(block) for block in row}) == 1
+        for block in row
+        if not isinstance(block, nn.ModuleList) and any(True for _ in block.parameters())
+    ]
+
+
+def hidden_matrices(tower: nn.Module) -> set[nn.Parameter]:
+    """The matrices, and convolutions over channels, inside a tower's blocks: no embeddings, no projection."""
+    parameters = [parameter for block in _blocks(tower) for parameter in block.parameters()]
+    return {p for p in parameters if p.ndim >= 2 and min(p.shape[:2]) > 1}
