@@ -93,14 +93,14 @@ def test_weights_of_others_are_exported_with_a_model(tmp_path, run):
 
 
 def test_a_name_on_the_hub_without_a_network(tmp_path):
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
     done = clip_train(
         *RUN,
         f"output_dir={tmp_path}",
         "run_name=run",
         "init_from=hf-hub:nobody/nothing",
         launcher=(sys.executable,),
-        **offline,
+        HF_HUB_OFFLINE="1",
+        HF_HUB_CACHE=str(tmp_path),
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "init_from=hf-hub:nobody/nothing: the Hub cannot be reached and the cache has no copy" in done.stderr

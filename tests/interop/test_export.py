@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -54,7 +55,8 @@ def our_pixels(png: bytes, config=CLIP) -> torch.Tensor:
 def test_open_clip_gives_our_embeddings_and_pixels(tmp_path, weights):
     export(str(weights), tmp_path / "model", "open_clip", CLIP)
     name = f"local-dir:{tmp_path / 'model'}"
-    theirs, prepare = open_clip.create_model_from_pretrained(name)
+    loaded: Any = open_clip.create_model_from_pretrained(name)
+    theirs, prepare = loaded
     ids = open_clip.get_tokenizer(name)(CAPTIONS)
     assert torch.equal(ids, clip_ids())
     model = ours(CLIP)
@@ -121,7 +123,7 @@ def test_siglip_in_transformers(tmp_path, siglip):
         outputs = theirs(pixel_values=inputs["pixel_values"], input_ids=inputs["input_ids"])
     assert_close(outputs.image_embeds, model.encode_image(inputs["pixel_values"]))
     assert_close(outputs.text_embeds, model.encode_text(inputs["input_ids"]))
-    assert_close(theirs.logit_bias[0], model.logit_bias)
+    assert_close(theirs.logit_bias[0], model.state_dict()["logit_bias"])
     assert_equal(read_weights(str(tmp_path / "model"), "weights").tensors, model.state_dict())
 
 
@@ -162,7 +164,8 @@ def test_a_resnet_goes_to_open_clip_and_not_to_transformers(tmp_path):
         ConfigError, match=r"^transformers' CLIPModel and SiglipModel have no resnet50_clip: take format="
     ):
         write_hugging_face_folder(source, tmp_path)
-    found, published = model_config(source), open_clip.get_model_config("RN50-quickgelu")
+    published: Any = open_clip.get_model_config("RN50-quickgelu")
+    found = model_config(source)
     defaults = {"head_width": 64}
     assert found["vision_cfg"] == {**published.pop("vision_cfg"), **defaults}
     assert found == {**published, "vision_cfg": found["vision_cfg"]}
