@@ -16,14 +16,20 @@ class CaptionTokenizer(Protocol):
     Attributes:
         context_length: ids per caption.
         vocab_size: all ids are less.
-        pad_id: what short captions are filled up with.
-        end_id: of the token that ends a caption, if there is one.
     """
 
     context_length: int
     vocab_size: int
-    pad_id: int | None
-    end_id: int | None
+
+    @property
+    def pad_id(self) -> int | None:
+        """What short captions are filled up with."""
+        ...
+
+    @property
+    def end_id(self) -> int | None:
+        """Of the token that ends a caption, if there is one."""
+        ...
 
     def __call__(
         self, captions: Sequence[str], draws: Sequence[float] | np.ndarray | None = None

@@ -1,5 +1,7 @@
 """Encoders of transformers as text towers, against transformers and open_clip themselves."""
 
+from typing import Any
+
 import pytest
 import torch
 from open_clip.hf_model import HFTextEncoder
@@ -8,7 +10,7 @@ from transformers import AutoModel, BertConfig, BertModel, RobertaConfig, T5Conf
 from clip_train.errors import ConfigError
 from clip_train.models.hf_text import HFTextTower, pool_states
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,

@@ -25,7 +25,8 @@ def test_forward_equals_open_clips(config, name):
     mean, std = (torch.tensor(settings[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
     model.image_mean.copy_(255 * mean)
     model.image_std.copy_(255 * std)
-    model.text.trunk.embeddings.position_ids.copy_(torch.arange(77)[None])  # buffers are no part of the weights
+    position_ids = model.text.trunk.embeddings.get_buffer("position_ids")  # pyright: ignore
+    position_ids.copy_(torch.arange(77)[None])  # buffers are no part of the weights
     model.load_state_dict(from_open_clip(reference.state_dict()))
 
     pixels = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
