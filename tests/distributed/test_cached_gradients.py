@@ -58,7 +58,10 @@ def under_fsdp(loss: str, micro_batch_size: int) -> tuple[float, dict[str, Tenso
     """Likewise under FSDP2, and how many reduce-scatters each backward had that had any."""
     model = tiny_model(loss)
     shards: list[FSDPModule] = []
-    blocks = [*model.vision.trunk.get_submodule("blocks").children(), *model.text.trunk.encoder.layers.children()]
+    blocks = [
+        *model.vision.trunk.get_submodule("blocks").children(),
+        *model.text.trunk.get_submodule("encoder.layers").children(),
+    ]
     for module in (*blocks, model.vision, model.text):
         shards.append(fully_shard(module))  # the temperature stays outside: FSDP2 shards no scalars
     sent: list[int] = []
