@@ -31,4 +31,5 @@ class SaveError(ClipTrainError):
 
 def first_line(error: BaseException) -> str:
     """Of another library's message, for a message of one line."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return line.rstrip(".")[:200]

@@ -39,7 +39,7 @@ class HFTokenizer:
         if clean not in CLEANERS:
             raise ConfigError(f"model.text.clean={clean} is none of {', '.join(CLEANERS)}")
         self.context_length, self.long_captions = context_length, long_captions
-        self._clean, self._tokenizer = CLEANERS[clean], _load(name)
+        self._clean, self._tokenizer = CLEANERS[clean], load_tokenizer(name)
         self.vocab_size: int = len(self._tokenizer)
         self.pad_id: int | None = self._tokenizer.pad_token_id
         self.end_id: int | None = self._tokenizer.eos_token_id
@@ -82,7 +82,8 @@ class HFTokenizer:
 
 
 @cache  # Gemma's vocabulary takes a second
-def _load(name: str) -> Any:
+def load_tokenizer(name: str) -> Any:
+    """transformers' tokenizer of a name on the hub or of a folder; raises ConfigError if there is none."""
     from transformers import AutoTokenizer
 
     heed_network()

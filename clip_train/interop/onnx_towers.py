@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clip_train.errors import ConfigError
+from clip_train.errors import ConfigError, first_line
 from clip_train.interop.hugging_face_folder import write_processor
 from clip_train.interop.model_source import ModelSource
 
@@ -67,8 +67,7 @@ def _export(tower: nn.Module, example: Tensor, names: tuple[str, str], path: Pat
                 verbose=False,
             )
     except Exception as error:  # the exporter's own, and whatever a layer raises while it is traced
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"format=onnx: torch cannot export {path.stem}.onnx ({reason})") from error
+        raise ConfigError(f"format=onnx: torch cannot export {path.stem}.onnx ({first_line(error)})") from error
 
 
 @contextmanager

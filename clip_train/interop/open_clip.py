@@ -86,9 +86,7 @@ _TEXT_TRANSFORMER = (
     Row("text.trunk.encoder.layers.*.mlp.fc2.*", "transformer.resblocks.*.mlp.c_proj.*"),
     Row("text.trunk.final_layer_norm.*", "ln_final.*"),
     Row("text.projection.weight", "text_projection", _transposed, _transposed),
-    Row(
-        "text.trunk.head.*", "text_projection.*"
-    ),  # of SigLIP, which has a bias and is no matrix to multiply from right
+    Row("text.trunk.head.*", "text_projection.*"),  # SigLIP's is a linear layer with a bias
 )
 
 _HUGGING_FACE_TEXT = (

@@ -11,7 +11,8 @@ from clip_train.errors import ConfigError
 from clip_train.interop import open_clip
 from clip_train.interop.architecture import TransformerSize, patched_image, text_size, vision_transformer_size
 from clip_train.interop.model_source import ModelSource
-from clip_train.interop.tokenizer_files import tokenizer_name, write_tokenizer
+from clip_train.interop.tokenizer_files import write_tokenizer
+from clip_train.models.text_config import TextConfig
 
 _OTHERS = "take format=safetensors or onnx"
 _NORM_EPS = 1e-5  # open_clip's, unless its config says another
@@ -33,7 +34,7 @@ def write_open_clip_folder(source: ModelSource, folder: Path) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "open_clip_model.safetensors", {"format": "pt"})
-    if tokenizer_name(source.config["text"]) != "clip":
+    if TextConfig.of(source.config["text"]).tokenizer_name != "clip":
         write_tokenizer(source.config["text"], folder)
 
 
@@ -144,9 +145,9 @@ def _text_config(source: ModelSource, size: TransformerSize) -> dict[str, Any]:
     }
     if trunk.config.model_type == "siglip_text_model":
         config |= {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
-    if tokenizer_name(text) != "clip":
+    if TextConfig.of(text).tokenizer_name != "clip":
         config |= {
-            "hf_tokenizer_name": tokenizer_name(text),
+            "hf_tokenizer_name": TextConfig.of(text).tokenizer_name,
             "tokenizer_kwargs": {"clean": text.get("clean", "whitespace")},
         }
     return config

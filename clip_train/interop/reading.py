@@ -16,7 +16,7 @@ from torch import Tensor
 from clip_train.checkpoints.folder import MANIFEST, InvalidCheckpointError, Manifest, verify
 from clip_train.checkpoints.folder import read_weights as read_checkpoint_weights
 from clip_train.checkpoints.tensor_files import read_tensors
-from clip_train.errors import ConfigError
+from clip_train.errors import ConfigError, first_line
 from clip_train.interop import hugging_face, open_clip
 from clip_train.interop.torchscript import is_torchscript, read_torchscript
 
@@ -100,15 +100,11 @@ def read_weights(source: str, key: str, trunk: Collection[str] = ()) -> Weights:
         ) from error
     except pickle.UnpicklingError as error:
         raise ConfigError(
-            f"{key}={source}: refused, as reading it could run code ({_first_line(error)});"
+            f"{key}={source}: refused, as reading it could run code ({first_line(error)});"
             " save its state dict alone, or as safetensors"
         ) from error
     except (InvalidCheckpointError, SafetensorError, OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
-        raise ConfigError(f"{key}={source}: cannot be read as weights ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")[:200]
+        raise ConfigError(f"{key}={source}: cannot be read as weights ({first_line(error)})") from error
 
 
 def _read_folder(file_of: Callable[[str], Path | None]) -> _Found:
@@ -233,7 +229,7 @@ def _hub_files(source: str, key: str) -> Callable[[str], Path | None]:
                 f"{key}={source}: the Hub shows you no such repository; check the name, or run `hf auth login`"
             ) from error
         except HfHubHTTPError as error:
-            raise ConfigError(f"{key}={source}: the Hub answers {_first_line(error)}") from error
+            raise ConfigError(f"{key}={source}: the Hub answers {first_line(error)}") from error
         absent += 1
         if offline and absent == len(_FOLDER_FILES):
             raise ConfigError(

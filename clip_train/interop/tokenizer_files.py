@@ -4,19 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from clip_train.data.hf_tokenizer import load_tokenizer
 from clip_train.data.tokenizer import byte_pair_vocabulary
-from clip_train.errors import ConfigError
+from clip_train.models.text_config import TextConfig
 
 _SPECIAL_TOKENS = ["<|startoftext|>", "<|endoftext|>"]  # as transformers calls them
-
-
-def tokenizer_name(text: Mapping[str, Any]) -> str:
-    """`clip`, or a name or folder of transformers.
-
-    Args:
-        text: the `model.text` config.
-    """
-    return text.get("tokenizer") or text.get("name") or "clip"
 
 
 def write_tokenizer(text: Mapping[str, Any], folder: Path) -> None:
@@ -29,8 +21,8 @@ def write_tokenizer(text: Mapping[str, Any], folder: Path) -> None:
     Raises:
         ConfigError: it is one of transformers, and not here.
     """
-    name = tokenizer_name(text)
-    tokenizer = _clip_tokenizer(text["context_length"]) if name == "clip" else _tokenizer_of_transformers(name)
+    name = TextConfig.of(text).tokenizer_name
+    tokenizer = _clip_tokenizer(text["context_length"]) if name == "clip" else load_tokenizer(name)
     tokenizer.model_max_length = text["context_length"]
     tokenizer.save_pretrained(folder)
 
@@ -41,15 +33,3 @@ def _clip_tokenizer(context_length: int) -> Any:
     words, merges = byte_pair_vocabulary()
     vocabulary = {word: number for number, word in enumerate([*words[:-2], *_SPECIAL_TOKENS])}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context_length)  # pyright: ignore
-
-
-def _tokenizer_of_transformers(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"model.text.tokenizer={name}: in no folder and no cache, and cannot be downloaded;"
-            " give the folder of the tokenizer"
-        ) from error
