@@ -114,6 +114,8 @@ def test_lit_locks_a_tower_but_for_its_last_groups():
 def test_statistics_of_a_locked_resnet(freeze_bn_stats):
     model = adapt(build("resnet"), {**LIT, "freeze_bn_stats": freeze_bn_stats})
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.eval()
+    assert not any(part.training for part in model.modules())
     model.train()
     assert model.text.training and not model.vision.trunk.get_submodule("stages.0").training
     model(*batch_for(model, "resnet"))

@@ -53,7 +53,7 @@ def test_gradients_and_encodings(settings, image_encodings, text_encodings):
     found = gradients(model)
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        assert (found[name] - gradient).norm() <= 1e-5 * (gradient.norm() + 1e-3), name
+        assert (found[name] - gradient).norm() <= 1e-5 * (gradient.norm() + 1e-2), name
     assert calls == {"vision": image_encodings, "text": text_encodings}
     assert not {"forward"} & (vars(model.vision).keys() | vars(model.text).keys())
 
