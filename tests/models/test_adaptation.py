@@ -71,7 +71,9 @@ def test_a_clip_adapter_mixes_features():
     batch = batch_for(model, "clip")
     features = model.vision(model.image_mean.new_zeros(2, 3, 32, 32))
     adapted = adapt(model, ADAPTER)
-    assert learned(adapted) == {f"{side}_adapter.{part}.weight" for side in ("image", "text") for part in ("down", "up")}
+    assert learned(adapted) == {
+        f"{side}_adapter.{part}.weight" for side in ("image", "text") for part in ("down", "up")
+    }
     down, up = model.image_adapter.down.weight, model.image_adapter.up.weight  # pyright: ignore
     assert down.shape == (8, 32)
     new = ((features @ down.T).relu() @ up.T).relu()
