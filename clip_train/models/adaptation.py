@@ -31,7 +31,7 @@ class Method:
     merge: Callable[[nn.Module], None] = lambda model: None
 
 
-def adapt(model: nn.Module, settings: Settings) -> nn.Module:
+def adapt(model: Any, settings: Settings) -> Any:
     """A model, with its base's weights in place, made ready for fine-tuning.
 
     Args:

@@ -1,6 +1,7 @@
 """What a run begins with: the weights of `init_from`, and the model adapted as `finetune` says."""
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from torch import nn
@@ -16,7 +17,7 @@ from clip_train.training.parts import plain
 from clip_train.training.resume import Checkpoint
 
 
-def prepare(model: DualEncoder, cfg: DictConfig) -> nn.Module:
+def prepare(model: DualEncoder, cfg: DictConfig) -> Any:
     """The model made ready for fine-tuning; as it is for pretraining.
 
     Args:
