@@ -85,7 +85,9 @@ def _pooled_vision_transformer_config(source: ModelSource, quick_gelu: bool) -> 
     assert isinstance(tower, PooledVisionTower) and isinstance(tower.trunk, VisionTransformer)
     config = _vision_transformer_size(tower.trunk, quick_gelu)
     if not tower.trunk.has_class_token or "norm_kwargs" in config:
-        raise ConfigError(f"open_clip's CoCa has a class token and norms of its own, {source.vision_name} not: {_OTHERS}")
+        raise ConfigError(
+            f"open_clip's CoCa has a class token and norms of its own, {source.vision_name} not: {_OTHERS}"
+        )
     return {
         **config,
         "attentional_pool": True,

@@ -14,7 +14,7 @@ from clip_train.evaluation.captioning import caption_pictures, find_pictures
 from clip_train.losses import captioning_loss
 from clip_train.models.captioner import Captioner
 from clip_train.models.generation import CaptionOptions
-from tests.models.coca import COCA, our_coca
+from tests.models.coca import our_coca
 
 
 @pytest.fixture(scope="module")

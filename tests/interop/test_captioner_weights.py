@@ -71,7 +71,7 @@ def test_what_a_format_cannot_hold(tmp_path, format, message):
 
 def test_weights_without_a_decoder_are_refused_by_tower(tmp_path):
     save_file(ours(CLIP).state_dict(), tmp_path / "clip.safetensors")
-    with pytest.raises(ConfigError, match="decoder: .*missing"):
+    with pytest.raises(ConfigError, match=r"decoder: .*missing"):
         load_weights(ours(COCA), read_weights(str(tmp_path / "clip.safetensors"), "weights"), "init_from=clip")
 
 
