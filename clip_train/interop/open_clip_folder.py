@@ -192,7 +192,8 @@ def _multimodal_config(model: Captioner, text: Mapping[str, Any]) -> dict[str, A
     decoder = model.decoder
     block = decoder.self_blocks[0]
     assert isinstance(block, Block)
-    ratio = block.mlp.fc1.out_features / decoder.head.in_features
+    hidden: int = block.mlp.fc1.out_features  # pyright: ignore
+    ratio = hidden / decoder.head.in_features
     return {
         **{key: text[key] for key in ("context_length", "vocab_size", "width")},
         "heads": block.attn.num_heads,

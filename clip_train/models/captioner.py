@@ -34,7 +34,7 @@ class Captioner(DualEncoder):
     def __init__(
         self, vision: PooledVisionTower, text: CaptionTextTower, decoder: CaptionDecoder, *settings: Any
     ) -> None:
-        super().__init__(vision, text, *settings)
+        super().__init__(vision, text, *settings)  # pyright: ignore[reportArgumentType]
         self.decoder = decoder
 
     def encode_image(self, pixels: Pixels) -> Float[Tensor, "b embed"]:

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from clip_train.checkpoints.restore import restore_optimizer
 from clip_train.distributed import group_size
 from clip_train.models import DualEncoder
+from clip_train.models.captioner import Captioner
 from clip_train.models.layers import repeated_blocks
 from clip_train.training.module import ClipModule
 
@@ -63,7 +64,7 @@ def shard_towers(model: DualEncoder, mesh: DeviceMesh) -> None:
 
     A block's weights are gathered for its forward and again for its backward; a tower's own stay gathered in between.
     """
-    for tower in model.children():
+    for tower in (model.vision, model.text, *([model.decoder] if isinstance(model, Captioner) else [])):
         for block in repeated_blocks(tower):
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         fully_shard(tower, mesh=mesh, reshard_after_forward=False)
