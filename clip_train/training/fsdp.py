@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from clip_train.checkpoints.restore import restore_optimizer
 from clip_train.distributed import group_size
 from clip_train.models import DualEncoder
+from clip_train.models.captioner import Captioner
 from clip_train.models.layers import repeated_blocks
 from clip_train.training.module import ClipModule
 
@@ -58,11 +59,11 @@ class ShardedStrategy(DDPStrategy):
 
 
 def shard_towers(model: DualEncoder, mesh: DeviceMesh) -> None:
-    """Shard each block of both towers, and what is left of each tower; the logit scale and bias stay whole.
+    """Shard each block of both towers and of a decoder, and what is left of each; the logit scale and bias stay whole.
 
     A block's weights are gathered for its forward and again for its backward; a tower's own stay gathered in between.
     """
-    for tower in (model.vision, model.text):
+    for tower in (model.vision, model.text, *([model.decoder] if isinstance(model, Captioner) else [])):
         for block in repeated_blocks(tower):
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         # After backward it is cut again; a frozen one has none.
