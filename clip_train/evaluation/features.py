@@ -46,9 +46,8 @@ def encode_pairs(
             beat()
             error = error or batch["error"]
             if not error and len(batch["image"]):
-                image, text = model(batch["image"].to(device), batch["text"].to(device))
-                images.append(image.float())
-                texts.append(text.float())
+                images.append(model.encode_image(batch["image"].to(device)))
+                texts.append(model.encode_text(batch["text"].to(device)))
     model.train(was_training)
     raise_everywhere(error)
     sizes = [len(batches) * (r + 1) // world_size - len(batches) * r // world_size for r in range(world_size)]

@@ -2,7 +2,7 @@
 
 An image tower is open_clip's own vision transformer (`visual.transformer`), its ResNet (`visual.layer1`), or a timm
 model (`visual.trunk`). A text tower lies bare (`transformer.resblocks`), or in a module (`text.transformer`),
-where it may be one of transformers' models too.
+where it may be one of transformers' models too. CoCa adds a pooler (`visual.attn_pool`) and a decoder (`text_decoder`).
 """
 
 from collections.abc import Collection, Mapping
@@ -38,6 +38,15 @@ _VISION_TRANSFORMER = (
     Row("vision.trunk.blocks.*.mlp.fc2.*", "visual.transformer.resblocks.*.mlp.c_proj.*"),
     Row("vision.trunk.norm.*", "visual.ln_post.*"),
     Row("vision.projection.weight", "visual.proj", _transposed, _transposed),
+)
+
+_POOLED_VISION_TRANSFORMER = (
+    Row("vision.pooler.query", "visual.attn_pool.query"),
+    Row("vision.pooler.norm_query.*", "visual.attn_pool.ln_q.*"),
+    Row("vision.pooler.norm_context.*", "visual.attn_pool.ln_k.*"),
+    Row("vision.pooler.attn.**", "visual.attn_pool.attn.**"),
+    Row("vision.norm.*", "visual.ln_post.*"),
+    *(row for row in _VISION_TRANSFORMER if row.theirs != "visual.ln_post.*"),
 )
 
 _RESNET = (
@@ -89,6 +98,23 @@ _TEXT_TRANSFORMER = (
     Row("text.trunk.head.*", "text_projection.*"),  # SigLIP's is a linear layer with a bias
 )
 
+_DECODER = (
+    *(
+        Row(f"decoder.{ours}.*.{part_of_ours}.**", f"text_decoder.{theirs}.*.{part_of_theirs}.**")
+        for ours, theirs in (("self_blocks", "resblocks"), ("cross_blocks", "cross_attn"))
+        for part_of_ours, part_of_theirs in (
+            ("norm1", "ln_1"),
+            ("norm_context", "ln_1_kv"),
+            ("attn", "attn"),
+            ("norm2", "ln_2"),
+            ("mlp.fc1", "mlp.c_fc"),
+            ("mlp.fc2", "mlp.c_proj"),
+        )
+    ),
+    Row("decoder.norm.*", "text_decoder.ln_final.*"),
+    Row("decoder.head.weight", "text_decoder.text_projection", _transposed, _transposed),
+)
+
 _HUGGING_FACE_TEXT = (
     Row("text.trunk.**", "text.transformer.**"),
     Row("text.projection.weight", "text.proj.weight"),
@@ -102,14 +128,19 @@ def _text_transformer(prefix: str) -> tuple[tuple[Row, ...], tuple[Fusion, ...]]
     return rows, (Fusion(f"{block}in_proj_*", tuple(f"{block}{part}_proj.*" for part in "qkv")),)
 
 
-_VISION = {"clip": _VISION_TRANSFORMER, "resnet": _RESNET, "timm": _TIMM_MODEL}
+_VISION = {
+    "clip": _VISION_TRANSFORMER,
+    "pooled": _POOLED_VISION_TRANSFORMER,
+    "resnet": _RESNET,
+    "timm": _TIMM_MODEL,
+}
 _TEXT = {
     "clip": _text_transformer(""),
     "custom": _text_transformer("text."),
     "hugging_face": (_HUGGING_FACE_TEXT, ()),
 }
 _LAYOUTS = {
-    (vision, text): Layout((*vision_rows, *text_rows, *_LOGITS), fused_theirs=fusions, ignored=_IGNORED)
+    (vision, text): Layout((*vision_rows, *text_rows, *_DECODER, *_LOGITS), fused_theirs=fusions, ignored=_IGNORED)
     for vision, vision_rows in _VISION.items()
     for text, (text_rows, fusions) in _TEXT.items()
 }
@@ -128,6 +159,8 @@ def to_ours(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         vision = "timm"
     elif any(name.startswith("visual.layer1.") for name in names):
         vision = "resnet"
+    elif "visual.attn_pool.query" in names:
+        vision = "pooled"
     return _LAYOUTS[vision, text].to_ours(weights)
 
 
@@ -142,7 +175,9 @@ def from_ours(weights: Mapping[str, Tensor], custom_text: bool = False) -> dict[
 
 
 def vision_kind(names: Collection[str] | Mapping[str, Tensor]) -> str:
-    """Which of open_clip's image towers holds our weights: `clip`, `resnet` or `timm`."""
+    """Which of open_clip's image towers holds our weights: `clip`, `pooled` (CoCa's), `resnet` or `timm`."""
+    if "vision.pooler.query" in names:
+        return "pooled"
     if "vision.trunk.stages.0.0.conv1_1x1.conv.weight" in names and "vision.trunk.head.q.weight" in names:
         return "resnet"
     plain = {"cls_token", "norm_pre.weight", "norm.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
@@ -155,4 +190,5 @@ def text_kind(names: Collection[str] | Mapping[str, Tensor], custom_text: bool =
     """Which of open_clip's text towers holds our weights: `clip`, `custom` or `hugging_face`."""
     if "text.trunk.embeddings.token_embedding.weight" not in names:
         return "hugging_face"
-    return "custom" if custom_text or "text.trunk.head.weight" in names else "clip"
+    own_module = {"text.trunk.head.weight", "text.cls_emb"}  # SigLIP's and CoCa's, always
+    return "custom" if custom_text or any(name in names for name in own_module) else "clip"

@@ -1,7 +1,8 @@
-"""Contrastive losses over the batches of all ranks, as pure functions."""
+"""Losses over the batches of all ranks, as pure functions."""
 
+from clip_train.losses.captioning import captioning_loss
 from clip_train.losses.contrastive import contrastive_loss
 from clip_train.losses.exchange import UnequalBatchesError
 from clip_train.losses.sigmoid import sigmoid_loss
 
-__all__ = ["UnequalBatchesError", "contrastive_loss", "sigmoid_loss"]
+__all__ = ["UnequalBatchesError", "captioning_loss", "contrastive_loss", "sigmoid_loss"]

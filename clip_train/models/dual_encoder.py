@@ -67,9 +67,15 @@ class DualEncoder(nn.Module):
         self, pixels: UInt8[Tensor, "b 3 height width"] | Float[Tensor, "b 3 height width"]
     ) -> Float[Tensor, "b embed"]:
         """Unit vectors. uint8 pixels are normalised here, on the device; others are taken as normalised."""
+        return F.normalize(self.vision(self.normalised(pixels)).float(), dim=-1)
+
+    def normalised(
+        self, pixels: UInt8[Tensor, "b 3 height width"] | Float[Tensor, "b 3 height width"]
+    ) -> Float[Tensor, "b 3 height width"]:
+        """What the image tower takes: uint8 pixels less their mean, over their deviation; others as they are."""
         if pixels.dtype == torch.uint8:
-            pixels = (pixels.to(self.image_mean.dtype) - self.image_mean) / self.image_std
-        return F.normalize(self.vision(pixels).float(), dim=-1)
+            return (pixels.to(self.image_mean.dtype) - self.image_mean) / self.image_std
+        return pixels
 
     def encode_text(self, ids: Int64[Tensor, "b context"]) -> Float[Tensor, "b embed"]:
         """Unit vectors."""
@@ -118,6 +124,7 @@ def create_dual_encoder(
     image_std: Sequence[float] = OPENAI_STD,
     init_logit_scale: float = INITIAL_LOGIT_SCALE,
     init_logit_bias: float | None = None,
+    decoder: Mapping | None = None,
 ) -> DualEncoder:
     """Build a model from the `model` group of the configs.
 
@@ -132,23 +139,28 @@ def create_dual_encoder(
         image_mean, image_std: normalisation of the pixels, for values in [0, 1].
         init_logit_scale: where the log of the inverse temperature starts.
         init_logit_bias: where the bias of the sigmoid loss starts; None for no bias.
+        decoder: entries of `DecoderConfig`, for a `Captioner`; None for a model without a decoder.
 
     Raises:
         ConfigError: a tower is unknown, cannot be loaded, or refuses a setting.
     """
     if unknown := sorted(set(vision) - set(_VISION_KEYS)):
         raise ConfigError(f"model.vision.{unknown[0]}: no such key; there are {', '.join(_VISION_KEYS)}")
-    model = DualEncoder(
-        VisionTower(**vision, image_size=image_size, embed_dim=embed_dim, quick_gelu=quick_gelu),
-        _text_tower(TextConfig.of(text), embed_dim, quick_gelu),
-        image_mean,
-        image_std,
-        init_logit_scale,
-        init_logit_bias,
-    )
+    settings = (image_mean, image_std, init_logit_scale, init_logit_bias)
+    if decoder is None:
+        model = DualEncoder(
+            VisionTower(**vision, image_size=image_size, embed_dim=embed_dim, quick_gelu=quick_gelu),
+            _text_tower(TextConfig.of(text), embed_dim, quick_gelu),
+            *settings,
+        )
+    else:
+        from clip_train.models.captioner import create_captioner  # which is made of a DualEncoder
+
+        towers = {"vision": vision, "text": TextConfig.of(text), "decoder": decoder}
+        model = create_captioner(embed_dim, image_size, quick_gelu, **towers, settings=settings)
     if grad_checkpointing:
-        model.vision.enable_grad_checkpointing()
-        model.text.enable_grad_checkpointing()
+        for part in model.children():
+            part.enable_grad_checkpointing()  # pyright: ignore[reportCallIssue]
     return model
 
 

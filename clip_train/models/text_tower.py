@@ -43,24 +43,10 @@ class TextTower(nn.Module):
         proj_bias: bool = False,
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise ConfigError(f"model.text: width={width} is not a multiple of heads={heads}")
         self.vocab_size, self.end_id = vocab_size, vocab_size - 1
-        config = CLIPTextConfig(
-            vocab_size=vocab_size,
-            hidden_size=width,
-            intermediate_size=int(mlp_ratio * width),
-            projection_dim=embed_dim,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            max_position_embeddings=context_length,
-            hidden_act="quick_gelu" if quick_gelu else "gelu",
-            layer_norm_eps=1e-5,
-            bos_token_id=vocab_size - 2,
-            eos_token_id=self.end_id,
-            pad_token_id=0,
+        self.trunk = create_clip_text(
+            width, layers, heads, context_length, vocab_size, mlp_ratio, quick_gelu, embed_dim
         )
-        self.trunk = CLIPTextModel(config)
         self.projection = make_projection(
             proj,
             width,
@@ -78,6 +64,40 @@ class TextTower(nn.Module):
     def enable_grad_checkpointing(self) -> None:
         """Recompute each block's activations in backward instead of keeping them."""
         checkpoint_blocks(self.trunk)
+
+
+def create_clip_text(
+    width: int,
+    layers: int,
+    heads: int,
+    positions: int,
+    vocab_size: int,
+    mlp_ratio: float,
+    quick_gelu: bool,
+    embed_dim: int,
+) -> CLIPTextModel:
+    """transformers' model of CLIP's text; the start and end token are the last two of its vocabulary.
+
+    Raises:
+        ConfigError: the width does not divide over the heads.
+    """
+    if width % heads:
+        raise ConfigError(f"model.text: width={width} is not a multiple of heads={heads}")
+    return CLIPTextModel(
+        CLIPTextConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=int(mlp_ratio * width),
+        projection_dim=embed_dim,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=positions,
+        hidden_act="quick_gelu" if quick_gelu else "gelu",
+        layer_norm_eps=1e-5,
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=0,
+    ))
 
 
 def checkpoint_blocks(trunk: PreTrainedModel) -> None:

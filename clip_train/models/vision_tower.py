@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -46,9 +47,8 @@ class VisionTower(nn.Module):
         patch_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        options = {"num_classes": 0, **_activation(quick_gelu), **(options or {}), **_patch_dropout(patch_dropout)}
         self.embed_dim = embed_dim
-        self.trunk = _create_trunk(name, image_size, pretrained, options)
+        self.trunk = create_trunk(name, image_size, quick_gelu, options or {}, pretrained, patch_dropout)
         width = _feature_width(self.trunk)
         self.projection = make_projection(
             proj, width, embed_dim, "model.vision", mlp_width=2 * embed_dim, mlp_bias=True
@@ -65,11 +65,33 @@ class VisionTower(nn.Module):
         Raises:
             ConfigError: timm's model cannot.
         """
-        try:
-            self.trunk.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
-        except (AssertionError, AttributeError) as error:
-            name = type(self.trunk).__name__
-            raise ConfigError(f"model.grad_checkpointing: timm's {name} cannot; give false") from error
+        checkpoint_trunk(self.trunk)
+
+
+def create_trunk(
+    name: str,
+    image_size: int,
+    quick_gelu: bool = False,
+    options: Mapping[str, Any] = MappingProxyType({}),
+    pretrained: bool = False,
+    patch_dropout: float = 0.0,
+) -> nn.Module:
+    """A model of timm that returns features; the arguments are those of `VisionTower`, and so are the errors."""
+    options = {"num_classes": 0, **_activation(quick_gelu), **options, **_patch_dropout(patch_dropout)}
+    return _create_model(name, image_size, pretrained, options)
+
+
+def checkpoint_trunk(trunk: nn.Module) -> None:
+    """Recompute the activations of each block in backward.
+
+    Raises:
+        ConfigError: timm's model cannot.
+    """
+    try:
+        trunk.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
+    except (AssertionError, AttributeError) as error:
+        name = type(trunk).__name__
+        raise ConfigError(f"model.grad_checkpointing: timm's {name} cannot; give false") from error
 
 
 def _activation(quick_gelu: bool) -> dict[str, str]:
@@ -82,7 +104,7 @@ def _patch_dropout(rate: float) -> dict[str, float]:
     return {"patch_drop_rate": rate} if rate else {}
 
 
-def _create_trunk(name: str, image_size: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+def _create_model(name: str, image_size: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f"; near: {', '.join(close)}" if close else ""

@@ -51,6 +51,8 @@ _NUMBERS: tuple[tuple[str, type, float], ...] = (
     ("checkpoint.keep", int, 1),
     ("checkpoint.keep_best", int, 1),
     ("checkpoint.every_minutes", Real, 0),
+    ("loss.contrastive_weight", Real, 0),
+    ("loss.caption_weight", Real, 0),
     ("guard.max_bad_steps", int, 1),
     ("guard.max_rollbacks", int, 0),
     ("guard.spike.deviations", Real, 0),
@@ -79,7 +81,16 @@ _SHARES = (
     "ema.decay",
 )
 # What some choices of these groups have and others have not, or a config of before there were any.
-_OPTIONAL = ("optim.eps", "optim.momentum", "optim.vision.", "optim.text.", "optim.fallback.", "schedule.", "ema.")
+_OPTIONAL = (
+    "optim.eps",
+    "optim.momentum",
+    "optim.vision.",
+    "optim.text.",
+    "optim.fallback.",
+    "schedule.",
+    "ema.",
+    "loss.",
+)
 _DEFAULTS = {"model.init_logit_scale": INITIAL_LOGIT_SCALE}  # a model config of the user's need not have it
 _ABSENT = object()
 _LN_100 = math.log(100)
@@ -125,6 +136,7 @@ def check_config(cfg: DictConfig, world: World) -> None:
         if (OmegaConf.select(cfg, key) or 0) > 1:
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)} is a share: give at most 1")
     _check_logits(cfg)
+    _check_decoder(cfg)
     _check_fsdp(cfg)
     if rest := cfg.batch_size % world.size:
         below, above = cfg.batch_size - rest, cfg.batch_size - rest + world.size
@@ -153,8 +165,20 @@ def _check_logits(cfg: DictConfig) -> None:
     loss = str(cfg.loss._target_).rpartition(".")[2]
     if loss == "sigmoid_loss" and bias is None:
         raise ConfigError("loss=sigmoid learns a bias: give model.init_logit_bias a number, such as -10")
-    if loss == "contrastive_loss" and bias is not None:
+    if loss in ("contrastive_loss", "captioning_loss") and bias is not None:
         raise ConfigError(
-            f"model.init_logit_bias={bias}: loss=contrastive has no bias, it would cancel;"
+            f"model.init_logit_bias={bias}: loss={loss.removesuffix('_loss')} has no bias, it would cancel;"
             " leave it null, or take loss=sigmoid"
+        )
+
+
+def _check_decoder(cfg: DictConfig) -> None:
+    loss = str(cfg.loss._target_).rpartition(".")[2]
+    decoder = cfg.model.get("decoder") is not None
+    if loss == "captioning_loss" and not decoder:
+        raise ConfigError("loss=captioning trains a decoder, and this model has none: take model=coca_vit_b_32 or so")
+    if loss in ("contrastive_loss", "sigmoid_loss") and decoder:
+        raise ConfigError(
+            f"loss={loss.removesuffix('_loss')} trains no decoder, and this model has one:"
+            " take loss=captioning, or model.decoder=null"
         )

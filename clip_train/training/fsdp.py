@@ -59,11 +59,11 @@ class ShardedStrategy(DDPStrategy):
 
 
 def shard_towers(model: DualEncoder, mesh: DeviceMesh) -> None:
-    """Shard each block of both towers, and what is left of each tower; the logit scale and bias stay whole.
+    """Shard each block of both towers and of a decoder, and what is left of each; the logit scale and bias stay whole.
 
     A block's weights are gathered for its forward and again for its backward; a tower's own stay gathered in between.
     """
-    for tower in (model.vision, model.text):
+    for tower in model.children():
         for block in repeated_blocks(tower):
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         fully_shard(tower, mesh=mesh, reshard_after_forward=False)

@@ -77,7 +77,7 @@ def parameter_groups(model: nn.Module, optim: Mapping[str, Any]) -> list[dict[st
     """
     towers = {name: optim.get(name) or {} for name in TOWERS}
     scales, fallback = _layer_scales(model, towers), optim.get("fallback")
-    hidden = set() if fallback is None else {p for name in TOWERS for p in hidden_matrices(model.get_submodule(name))}
+    hidden = set() if fallback is None else {p for part in model.children() for p in hidden_matrices(part)}
     groups: dict[tuple, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

@@ -34,6 +34,8 @@ PUBLISHED = {
     "eva02_b_16": ("EVA02-B-16", 149.69),
     "eva02_l_14": ("EVA02-L-14", 427.76),
     "convnext_base": ("convnext_base", 151.52),
+    "coca_vit_b_32": ("coca_ViT-B-32", 253.56),
+    "coca_vit_l_14": ("coca_ViT-L-14", 638.45),
 }
 
 
@@ -52,6 +54,7 @@ def test_as_many_parameters_as_published(name):
     config = open_clip.get_model_config(reference)
     assert config is not None
     create = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    create = open_clip.CoCa if "multimodal_cfg" in config else create
     with torch.device("meta"):
         expected = count(create(**config))
     assert expected == pytest.approx(millions * 1e6, abs=0.006e6)
