@@ -2,6 +2,7 @@
 
 import gzip
 import html
+import itertools
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -18,6 +19,7 @@ VOCAB_SIZE = 49408
 START_TOKEN, END_TOKEN = "<start_of_text>", "<end_of_text>"
 START_ID, END_ID = VOCAB_SIZE - 2, VOCAB_SIZE - 1
 _NUM_MERGES = VOCAB_SIZE - 2 - 512  # 256 bytes, each alone and at the end of a word, and the two special tokens
+_END_OF_WORD = "</w>"
 # The original pattern ignores case. Captions are lower-cased before, so that this shows in two characters only: the
 # long s matches 's', and U+0345 (a mark whose capital is a letter) matches neither class and is dropped.
 _WORDS = r"'[sſ]|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}\x{0345}]+"
@@ -63,6 +65,11 @@ class ClipTokenizer:
             ids[i, : len(row)] = row
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The words between start and end token, in lower case and with a blank after each."""
+        inside = itertools.takewhile(lambda number: number != END_ID, (n for n in ids if n != START_ID))
+        return b"".join(_bytes_of_words()[number] for number in inside).decode(errors="replace").strip()
+
     def _bare_ids(self, sentences: list[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(sentences, add_special_tokens=False)]
 
@@ -83,7 +90,7 @@ def mend_caption(caption: str) -> str:
 def _byte_pair_tokenizer() -> Tokenizer:
     words, merges = byte_pair_vocabulary()
     vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>"))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix=_END_OF_WORD))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
@@ -100,8 +107,8 @@ def _byte_pair_tokenizer() -> Tokenizer:
 
 def byte_pair_vocabulary() -> tuple[list[str], list[tuple[str, str]]]:
     """The words of CLIP's vocabulary in the order of their ids, start and end token last, and the merges."""
-    merges, letters = _read_merges(), _byte_letters()
-    words = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(merge) for merge in merges)]
+    merges, letters = _read_merges(), _letters_of_bytes().values()
+    words = [*letters, *(f"{letter}{_END_OF_WORD}" for letter in letters), *("".join(merge) for merge in merges)]
     return [*words, START_TOKEN, END_TOKEN], merges
 
 
@@ -111,8 +118,19 @@ def _read_merges() -> list[tuple[str, str]]:
     return [(left, right) for left, right in (line.split() for line in lines)]
 
 
-def _byte_letters() -> list[str]:
+def _letters_of_bytes() -> dict[int, str]:
     """GPT-2's printable letter for each byte, in the order of CLIP's vocabulary: printable bytes first."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + number) for number in range(len(others))]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+@cache
+def _bytes_of_words() -> list[bytes]:
+    """What each word of the vocabulary stands for, with a blank where a word of the text ends."""
+    byte_of = {letter: byte for byte, letter in _letters_of_bytes().items()}
+    words = byte_pair_vocabulary()[0]
+    return [
+        bytes(byte_of[letter] for letter in word.removesuffix(_END_OF_WORD)) + b" " * word.endswith(_END_OF_WORD)
+        for word in words
+    ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -174,3 +175,14 @@ def test_quotes_and_other_scripts_end_sentences_too():
 def test_unknown_treatment_of_long_captions():
     with pytest.raises(ConfigError, match="long_captions=cut is none of truncate, random_crop, sentence"):
         ClipTokenizer(8, "cut")
+
+
+@pytest.mark.parametrize(
+    "caption", ["a photo of 2 cats !", "caf\u00e9 naïve \u65e5\u672c\u8a9e", "red , green ; </w> \U0001f468"]
+)
+def test_decoding_gives_the_words_back(caption):
+    tokenizer = ClipTokenizer(40)
+    row = tokenizer([caption])[0]
+    assert tokenizer.decode(row.tolist()).replace(" ", "") == caption.replace(" ", "")
+    assert tokenizer.decode(row.tolist()) == open_clip.decode(torch.from_numpy(row[1:])).split("<end")[0].strip()
+    assert tokenizer.decode([START_ID, END_ID, 320, 320]) == ""
