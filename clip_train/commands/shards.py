@@ -1,4 +1,4 @@
-"""clip-shards: make, index, verify, describe and time shards."""
+"""clip-shards: make, index, filter, verify, describe and time shards."""
 
 import difflib
 import os
@@ -23,6 +23,7 @@ usage: clip-shards COMMAND [key=value ...]
 commands (clip-shards COMMAND --help shows the keys of each):
   make     pictures with captions, from a table or a folder, into shards
   index    note where each sample lies, so that training begins at once
+  subset   new shards with the samples that a list names, such as DataComp's filters
   verify   decode everything, or a random part, and report what is damaged
   stats    counts, sizes, lengths of captions, duplicates, a sheet of samples, histograms
   bench    how fast this machine reads and decodes the shards, by number of loader workers
@@ -30,6 +31,7 @@ commands (clip-shards COMMAND --help shows the keys of each):
 examples:
   clip-shards make source=table.csv output=shards image_size=256
   clip-shards index shards='shards/*.tar'
+  clip-shards subset shards='pool/*.tar' uids=filter.npy output=filtered
   clip-shards verify shards='shards/{00000..00099}.tar' num_samples=10000
   clip-shards stats shards='a/*.tar::b/*.tar' output=stats
   clip-shards bench shards='shards/*.tar' samples_per_second=5000
@@ -114,6 +116,22 @@ def _index(cfg: DictConfig) -> int:
     seconds = time.monotonic() - begin
     num_samples, size = sum(index.num_samples for index in indexes), sum(index.num_bytes for index in indexes)
     print(f"{len(shards)} shards, {num_samples} samples, {readable_bytes(size)}, {seconds:.1f} s")
+    return EXIT_DONE
+
+
+def _subset(cfg: DictConfig) -> int:
+    from clip_train.shard_tools.access import ShardAccess
+    from clip_train.shard_tools.subset import SubsetOptions, subset_shards
+
+    options = typed(SubsetOptions, cfg)
+    with progress() as show:
+        report = subset_shards(_shards(cfg), options, typed(ShardAccess, cfg), show)
+    print(
+        f"{report.num_shards} shards in {options.output}: kept {report.num_kept} of {report.num_samples} samples; "
+        f"{report.num_missing} of {report.num_listed} in the list are in none of the shards"
+    )
+    if report.num_without_uid:
+        print(f"{report.num_without_uid} samples have no uid in their .json and were left out")
     return EXIT_DONE
 
 
@@ -236,7 +254,7 @@ def _in_one_line(task: Callable[[DictConfig], int]) -> Callable[[DictConfig], in
     return run
 
 
-_COMMANDS = {"make": _make, "index": _index, "verify": _verify, "stats": _stats, "bench": _bench}
+_COMMANDS = {"make": _make, "index": _index, "subset": _subset, "verify": _verify, "stats": _stats, "bench": _bench}
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ def _train(cfg: DictConfig) -> int:
     from clip_train.commands.program import EXIT_DONE, EXIT_RESUMABLE
 
     _choose_run_length(cfg, list(HydraConfig.get().overrides.task))
+    _name_to_config(cfg, "distill.model")
     console = _console()  # imports stay in here: see program.py
     from clip_train.training.run import train
 
@@ -61,6 +62,17 @@ def _choose_run_length(cfg: DictConfig, overrides: list[str]) -> None:
     for key in _RUN_LENGTHS:
         if given and key not in given:
             cfg[key] = None
+
+
+def _name_to_config(cfg: DictConfig, key: str) -> None:
+    """Where a choice of the group `model` is named, put its config, so that the run's own has all of it."""
+    from hydra import compose
+    from omegaconf import OmegaConf
+
+    name = OmegaConf.select(cfg, key)
+    if isinstance(name, str):
+        model = compose("train", [f"model={name}"]).model
+        OmegaConf.update(cfg, key, OmegaConf.to_container(model, resolve=True), force_add=True)
 
 
 def _console():

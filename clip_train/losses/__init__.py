@@ -2,7 +2,8 @@
 
 from clip_train.losses.captioning import captioning_loss
 from clip_train.losses.contrastive import contrastive_loss
+from clip_train.losses.distillation import distillation_loss
 from clip_train.losses.exchange import UnequalBatchesError
 from clip_train.losses.sigmoid import sigmoid_loss
 
-__all__ = ["UnequalBatchesError", "captioning_loss", "contrastive_loss", "sigmoid_loss"]
+__all__ = ["UnequalBatchesError", "captioning_loss", "contrastive_loss", "distillation_loss", "sigmoid_loss"]

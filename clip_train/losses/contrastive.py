@@ -78,9 +78,9 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, logit_scale, group, exchange, matmul_dtype):
         ctx.group, ctx.matmul_dtype = group, matmul_dtype
-        x = _scaled_rows(image, logit_scale, matmul_dtype)
+        x = scaled_rows(image, logit_scale, matmul_dtype)
         y = prepare(text.to(accumulation_dtype(image.dtype)), matmul_dtype)
-        statistics = _gathered_statistics if exchange == "gather" else _ring_statistics
+        statistics = gathered_statistics if exchange == "gather" else _ring_statistics
         row_logs, column_logs, ctx.gathered = statistics(x, y, group)
         own_logs = column_logs if ctx.gathered is None else column_logs[ctx.gathered.own]
         ctx.save_for_backward(image, text, logit_scale, row_logs, column_logs)
@@ -97,7 +97,7 @@ def _gradients(ctx, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, Te
     """Those of the images, of the texts and of the scale, each None if it is not wanted."""
     image, text, logit_scale, row_logs, column_logs = ctx.saved_tensors
     wants_image, wants_text, wants_scale = ctx.needs_input_grad[:3]
-    x = _scaled_rows(image, logit_scale, ctx.matmul_dtype)
+    x = scaled_rows(image, logit_scale, ctx.matmul_dtype)
     dx = torch.zeros_like(image, dtype=row_logs.dtype) if wants_image or wants_scale else None
     if ctx.gathered is None:
         y = prepare(text.to(row_logs.dtype), ctx.matmul_dtype)
@@ -110,12 +110,12 @@ def _gradients(ctx, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, Te
     return d_image, scale_grad(dy, unit * _LN_2, text.dtype), d_scale  # x carries the scale and 1 / ln 2
 
 
-def _scaled_rows(image: Tensor, logit_scale: Tensor, matmul_dtype: torch.dtype | None) -> Rows:
+def scaled_rows(image: Tensor, logit_scale: Tensor, matmul_dtype: torch.dtype | None) -> Rows:
     """The images, scaled so that S comes in units of log 2."""
     return Rows(image, logit_scale.to(accumulation_dtype(image.dtype)) / _LN_2, matmul_dtype)
 
 
-def _gathered_statistics(x: Rows, y: Tensor, group: Group) -> tuple[Tensor, Tensor, GatheredRows]:
+def gathered_statistics(x: Rows, y: Tensor, group: Group) -> tuple[Tensor, Tensor, GatheredRows]:
     """Log-sums of this rank's rows (b) and of all columns (B)."""
     gathered = GatheredRows(y, group)
     rows, columns = LogSums.empty(len(x), y), LogSums.empty(len(y) * group_size(group), y)

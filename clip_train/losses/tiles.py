@@ -207,6 +207,24 @@ def _tile_weights(
     return weights.to(x.dtype)
 
 
+def add_soft_targets(
+    u: Rows,
+    v: Float[Tensor, "n teacher_dim"],
+    row_logs: Float[Tensor, " m"],
+    column_logs: Float[Tensor, " n"],
+    x: Rows,
+    y: Float[Tensor, "n dim"],
+    dx: Float[Tensor, "m dim"],
+    dy: Float[Tensor, "n dim"] | None,
+) -> None:
+    """Add Q y to `dx` and Q^T x to `dy`, where Q = 2^(T - row_logs) + 2^(T - column_logs) and T = u v^T."""
+    scratch = Scratch(u, v)
+    for us, u_tile, vs in _tiles(u, v):
+        weights = _tile_weights(u_tile, v[vs], row_logs[us], column_logs[vs], None, scratch)
+        x_tile = x.tile(us)
+        _add_products(weights.to(x_tile.dtype), x_tile, y[vs], _rows_of(dx, us), _rows_of(dy, vs))
+
+
 def add_sigmoid(
     x: Rows,
     y: Float[Tensor, "n dim"],

@@ -69,7 +69,7 @@ class DualEncoder(nn.Module):
         self, pixels: UInt8[Tensor, "b 3 height width"] | Float[Tensor, "b 3 height width"]
     ) -> Float[Tensor, "b embed"]:
         """Unit vectors. uint8 pixels are normalised here, on the device; others are taken as normalised."""
-        return F.normalize(self.image_adapter(self.vision(self.normalised(pixels))).float(), dim=-1)
+        return self.unit_image(self.vision(self.normalised(pixels)))
 
     def normalised(
         self, pixels: UInt8[Tensor, "b 3 height width"] | Float[Tensor, "b 3 height width"]
@@ -81,7 +81,15 @@ class DualEncoder(nn.Module):
 
     def encode_text(self, ids: Int64[Tensor, "b context"]) -> Float[Tensor, "b embed"]:
         """Unit vectors."""
-        return F.normalize(self.text_adapter(self.text(ids)).float(), dim=-1)
+        return self.unit_text(self.text(ids))
+
+    def unit_image(self, features: Float[Tensor, "b embed"]) -> Float[Tensor, "b embed"]:
+        """What is compared with texts, of the image tower's features."""
+        return F.normalize(self.image_adapter(features).float(), dim=-1)
+
+    def unit_text(self, features: Float[Tensor, "b embed"]) -> Float[Tensor, "b embed"]:
+        """What is compared with images, of the text tower's features."""
+        return F.normalize(self.text_adapter(features).float(), dim=-1)
 
     def forward(
         self, pixels: UInt8[Tensor, "b 3 height width"], ids: Int64[Tensor, "b context"]

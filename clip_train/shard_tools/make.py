@@ -93,7 +93,7 @@ def make_shards(
         try:
             parts = _write_parts(tasks, options, num_workers, on_progress)
             sizes = _cut_shards(parts, folder, options, num_workers, on_progress)
-            _write_counts(options.output, sizes)
+            write_counts(options.output, sizes)
         except OSError as error:
             remedy = "what is there is whole; mend that and give the same command again"
             raise DataError(
@@ -209,7 +209,7 @@ def _ranges(parts: Sequence[Part], folder: str, first: int, last: int) -> list[t
     return ranges
 
 
-def _write_counts(output: str, sizes: dict[str, int]) -> None:
+def write_counts(output: str, sizes: dict[str, int]) -> None:
     """img2dataset's counts per shard, and open_clip's of all, whose presence says that all is there."""
     for name, count in sizes.items():
         counts = {"count": count, "successes": count, "failed_to_download": 0, "failed_to_resize": 0}

@@ -83,7 +83,7 @@ class SampleTask:
                 image = next((extension for extension in image_extensions if extension in there), "")
                 wanted = [extension for extension in (image, *caption_extensions) if extension in there]
                 files = {name: os.pread(descriptor, sizes[name], offsets[name]) for name in wanted}
-                key = _key(descriptor, min(offsets[extension] for extension in there))
+                key = sample_key(descriptor, min(offsets[extension] for extension in there))
                 yield StoredSample(self.index.shard, key, files.pop(image, None), image, files)
 
 
@@ -120,8 +120,8 @@ def _check_key(indexes: Sequence[ShardIndex], setting: str, value: object, exten
         raise DataError(f"{setting}={value}: no shard has such files (found: {', '.join(found)})")
 
 
-def _key(descriptor: int, offset: int) -> str:
-    """The name up to the first dot in the header before a sample's file."""
+def sample_key(descriptor: int, offset: int) -> str:
+    """A sample's name: that in the header before one of its files, up to the first dot."""
     header = os.pread(descriptor, 100, offset - BLOCKSIZE)
     folder, slash, file = header.split(b"\0", 1)[0].decode("utf-8", "replace").rpartition("/")
     return f"{folder}{slash}{file.partition('.')[0]}"

@@ -47,6 +47,7 @@ _NUMBERS: tuple[tuple[str, type, float], ...] = (
     ("schedule.cooldown_power", Real, 0),
     ("schedule.period_factor", Real, 1),
     ("ema.decay", Real, 0),
+    ("distill.loss_weight", Real, 0),
     ("trainer.log_every", int, 1),
     ("checkpoint.keep", int, 1),
     ("checkpoint.keep_best", int, 1),
@@ -89,6 +90,7 @@ _OPTIONAL = (
     "optim.fallback.",
     "schedule.",
     "ema.",
+    "distill.",
     "loss.",
 )
 _DEFAULTS = {"model.init_logit_scale": INITIAL_LOGIT_SCALE}  # a model config of the user's need not have it

@@ -17,6 +17,7 @@ from clip_train.models import DualEncoder
 from clip_train.models.locking import fixed_names
 from clip_train.training.bad_step import clip_or_skip, restore_unless, running_statistics, telling_seed
 from clip_train.training.cached_gradients import cached_backward, refuse_batch_norm
+from clip_train.training.distillation import Teacher
 from clip_train.training.durations import Clock
 from clip_train.training.frozen_towers import encoding_once
 from clip_train.training.memory import explained_out_of_memory
@@ -38,6 +39,7 @@ class ClipModule(L.LightningModule):
         micro_batch_size: pairs per rank that go through the towers at once; None for all.
         schedule: the `schedule` group of the configs.
         adapter_only: checkpoints hold only what training changes.
+        teacher: that the model learns from beside the loss, if any.
 
     Raises:
         ConfigError: the optimizer or the schedule refuses its settings.
@@ -59,6 +61,7 @@ class ClipModule(L.LightningModule):
         micro_batch_size: int | None = None,
         schedule: Mapping = COSINE,
         adapter_only: bool = False,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # a step may have several backward passes
@@ -66,6 +69,7 @@ class ClipModule(L.LightningModule):
             refuse_batch_norm(model)
         self.model = model
         self.loss = loss
+        self.teacher = teacher
         self.optim = optim
         self.clock = clock
         self.seed = seed
@@ -89,6 +93,8 @@ class ClipModule(L.LightningModule):
         with explained_out_of_memory(self.micro_batch_size, self.clock.batch_size // self.trainer.world_size):
             loss = self._backward(batch)
             self.step_metrics = {"train/loss": loss, "train/logit_scale": self.model.logit_scale.detach().exp()}
+            if self.teacher is not None and self.teacher.latest is not None:
+                self.step_metrics["train/distillation_loss"] = self.teacher.latest
             optimizer = cast(LightningOptimizer, self.optimizers())
             optimizer.step()  # clips first, or does nothing: `on_before_optimizer_step`
         optimizer.zero_grad()
@@ -102,13 +108,14 @@ class ClipModule(L.LightningModule):
     def _backward(self, batch: Batch) -> Tensor:
         """Gradients of the loss, averaged over ranks; returns the loss."""
         inputs = tuple(batch[key] for key in self.model.batch_keys)
+        loss_of = self.loss if self.teacher is None else self.teacher.add_to(self.loss, batch, self.micro_batch_size)
         if self.micro_batch_size is None or self.micro_batch_size >= len(inputs[0]):
-            loss = self.loss(*self.model(*inputs), **self.model.logit_parameters())
+            loss = loss_of(*self.model(*inputs), **self.model.logit_parameters())
             self._synchronised_backward(loss, last=True)
             return loss.detach()
         return cached_backward(
             encoding_once(self.model),
-            self.loss,
+            loss_of,
             self.model.logit_parameters(),
             inputs,
             micro_batch_size=self.micro_batch_size,
@@ -132,6 +139,10 @@ class ClipModule(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # The gradient scaler of fp16 hands a fused optimizer unscaled gradients, too late for clipping.
         return build_optimizer(self.model, self.optim, fused=self.trainer.precision != "16-mixed")
+
+    def on_fit_start(self) -> None:
+        if self.teacher is not None:
+            self.teacher.to(self.device)
 
     def on_train_start(self) -> None:
         self.trainer.should_stop |= self.samples_seen >= self.clock.total_samples  # a resumed run may be complete

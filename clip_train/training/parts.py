@@ -23,6 +23,7 @@ from clip_train.models.dual_encoder import AnyTextTower
 from clip_train.models.text_config import TextConfig
 from clip_train.training.checkpointing import FolderCheckpointIO
 from clip_train.training.data_module import ClipDataModule
+from clip_train.training.distillation import Teacher, open_teacher
 from clip_train.training.durations import Clock, seconds_of
 from clip_train.training.fsdp import ShardedStrategy
 from clip_train.training.launch import World
@@ -43,9 +44,17 @@ def make_model(cfg: DictConfig) -> DualEncoder:
 def make_module(cfg: DictConfig, clock: Clock, model: Any, adapter_only: bool = False) -> ClipModule:
     """The model, ready to be trained, and how it is trained."""
     micro_batch_size = None if cfg.micro_batch_size == "auto" else cfg.micro_batch_size
+    optim, schedule, loss = plain(cfg.optim), plain(cfg.schedule), make_loss(cfg)
     return ClipModule(
-        model, make_loss(cfg), plain(cfg.optim), clock, cfg.seed, micro_batch_size, plain(cfg.schedule), adapter_only
+        model, loss, optim, clock, cfg.seed, micro_batch_size, schedule, adapter_only, teacher=make_teacher(cfg)
     )
+
+
+def make_teacher(cfg: DictConfig) -> Teacher | None:
+    """The model that `distill` says to learn from."""
+    if cfg.get("distill") is None:
+        return None
+    return open_teacher(plain(cfg.distill), plain(cfg.model), _matmul_dtype(cfg))
 
 
 def open_data(cfg: DictConfig, world: World) -> ClipDataModule:
@@ -81,8 +90,13 @@ def check_tokenizer(tokenizer: CaptionTokenizer, text: AnyTextTower) -> None:
 
 def make_loss(cfg: DictConfig) -> Callable[..., Tensor]:
     """The loss group's function, with the name of a dtype turned into the dtype."""
+    dtype = _matmul_dtype(cfg)
+    return instantiate(cfg.loss) if dtype is None else partial(instantiate(cfg.loss), matmul_dtype=dtype)
+
+
+def _matmul_dtype(cfg: DictConfig) -> torch.dtype | None:
     name = OmegaConf.select(cfg, "loss.matmul_dtype")
-    return instantiate(cfg.loss) if name is None else partial(instantiate(cfg.loss), matmul_dtype=getattr(torch, name))
+    return None if name is None else getattr(torch, name)
 
 
 def timeouts(cfg: DictConfig) -> tuple[float | None, float]:

@@ -18,7 +18,7 @@ from tests.data.failing_server import Fault, failing_server
 from tests.shard_tools.options import write_table
 
 ALONE = ("num_workers=1",)
-COMMANDS = ("make", "index", "verify", "stats", "bench")
+COMMANDS = ("make", "index", "subset", "verify", "stats", "bench")
 
 
 @pytest.fixture
@@ -104,6 +104,18 @@ def test_a_killed_make_goes_on_when_it_is_started_again(run, tmp_path):
     assert run("make", *arguments, f"output={tmp_path}/whole")[0] == 0
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert sorted(json.loads((tmp_path / "cut" / "sizes.json").read_text()).values()) == [499] + [500] * 3
+
+
+def test_subset_keeps_the_samples_of_a_list(run, fail, make_shards, tmp_path):
+    pattern = f"shards={'::'.join(make_shards([6, 6]))}"
+    (tmp_path / "keys.txt").write_text("000001\n000007\n000099\n")
+    arguments = (pattern, f"keys={tmp_path}/keys.txt", f"output={tmp_path}/out", *ALONE)
+    code, out, _ = run("subset", *arguments)
+    assert code == 0
+    assert out.startswith(f"1 shards in {tmp_path}/out: kept 2 of 12 samples; 1 of 3 in the list are in none")
+    assert run("verify", f"shards={tmp_path}/out/*.tar", *ALONE)[0] == 0
+    assert "give exactly one of uids= and keys=" in fail("subset", pattern, "output=x", *ALONE)
+    assert "no such file" in fail("subset", pattern, "output=x", "uids=absent.npy", *ALONE)
 
 
 def test_verify_reports_damage_and_exits_with_1(run, tmp_path):

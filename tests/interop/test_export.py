@@ -127,6 +127,29 @@ def test_siglip_in_transformers(tmp_path, siglip):
     assert_equal(read_weights(str(tmp_path / "model"), "weights").tensors, model.state_dict())
 
 
+def test_siglip_in_open_clip(tmp_path, siglip):
+    """Of true width, as open_clip makes timm's models without options; one layer of text."""
+    text = {**siglip["text"], "width": 768, "layers": 1, "heads": 12}
+    vision = {"name": "vit_base_patch16_siglip_224", "proj": "none"}
+    config = {**siglip, "embed_dim": 768, "image_size": 224, "vision": vision, "text": text}
+    model = ours(config)
+    save_file(model.state_dict(), "wide.safetensors")
+    export("wide.safetensors", tmp_path / "model", "open_clip", config)
+    name = f"local-dir:{tmp_path / 'model'}"
+    loaded: Any = open_clip.create_model_from_pretrained(name)
+    theirs, prepare = loaded
+    ids = open_clip.get_tokenizer(name)(["a photo", "cat"])
+    assert ids.tolist() == [[2, 3, *[0] * 10], [4, *[0] * 11]]
+    image, _ = picture((224, 224))
+    expected = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) / 127.5 - 1
+    assert_close(prepare(image), expected)
+    with torch.no_grad():
+        assert_close(theirs.eval().encode_image(expected[None], normalize=True), model.encode_image(expected[None]))
+        assert_close(theirs.encode_text(ids, normalize=True), model.encode_text(ids))
+        assert_close(theirs.logit_bias, model.state_dict()["logit_bias"])
+    assert_equal(read_weights(str(tmp_path / "model"), "weights").tensors, model.state_dict())
+
+
 def test_openais_code_gives_our_embeddings(tmp_path, weights):
     export(str(weights), tmp_path / "clip.pt", "openai", CLIP)
     theirs = open_clip.model.build_model_from_openai_state_dict(

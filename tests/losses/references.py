@@ -17,6 +17,14 @@ def sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     return F.softplus(-signs * logits, threshold=50).sum() / len(image)
 
 
+def distillation(
+    image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor, scale: Tensor, teacher_scale: Tensor
+) -> Tensor:
+    logits, targets = scale * image @ text.T, teacher_scale * teacher_image @ teacher_text.T
+    by_image = F.cross_entropy(logits, targets.softmax(1))
+    return (by_image + F.cross_entropy(logits.T, targets.T.softmax(1))) / 2
+
+
 def unit_vectors(kind: str, count: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Image and text features (count, dim) of a kind, float64.
 

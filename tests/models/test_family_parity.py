@@ -3,14 +3,18 @@
 from functools import partial
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AlignConfig, AlignModel
 
+from clip_train.interop.loading import load_weights
 from clip_train.interop.open_clip import to_ours as from_open_clip
+from clip_train.interop.reading import Weights
 from clip_train.models import DualEncoder, create_dual_encoder
 from tests.models.align_weights import from_align
 from tests.models.configs import load_config
@@ -83,11 +87,20 @@ def assert_same_embeddings(model: DualEncoder, image: Tensor, text: Tensor, pixe
     ("config", "name", "size", "vision", "trunk"),
     [
         ("vit_h_14", "ViT-H-14", 224, {"layers": 1}, {"depth": 1}),
+        ("vit_g_14", "ViT-g-14", 224, {"layers": 1}, {"depth": 1}),
         ("vit_bigg_14", "ViT-bigG-14", 224, {"layers": 1}, {"depth": 1}),
+        ("vit_l_14_336", "ViT-L-14-336-quickgelu", 336, {"layers": 1}, {"depth": 1}),
         ("rn50", "RN50-quickgelu", 64, {"image_size": 64}, {}),
+        ("rn101", "RN101-quickgelu", 64, {"image_size": 64}, {}),
+        ("rn50x4", "RN50x4-quickgelu", 96, {"image_size": 96}, {}),
         ("vit_b_16_siglip", "ViT-B-16-SigLIP", 224, {}, {"depth": 1}),
+        ("vit_l_16_siglip", "ViT-L-16-SigLIP-256", 256, {}, {"depth": 1}),
+        ("vit_so400m_14_siglip", "ViT-SO400M-14-SigLIP-384", 384, {}, {"depth": 1}),
+        ("vit_b_16_siglip2", "ViT-B-16-SigLIP2", 224, {}, {"depth": 1}),
+        ("vit_l_16_siglip2", "ViT-L-16-SigLIP2-256", 256, {}, {"depth": 1}),
         ("vit_so400m_14_siglip2", "ViT-SO400M-14-SigLIP2", 224, {}, {"depth": 1}),
         ("eva02_b_16", "EVA02-B-16", 224, {}, {"depth": 1}),
+        ("eva02_l_14", "EVA02-L-14", 224, {}, {"depth": 1}),
         ("convnext_base", "convnext_base", 64, {}, {"depths": [1, 1, 1, 1]}),
     ],
 )
@@ -101,6 +114,27 @@ def test_embeddings_are_open_clips(config, name, size, vision, trunk):
     with torch.no_grad():
         image = reference.encode_image(pixels, normalize=True)  # pyright: ignore[reportCallIssue]
         text = reference.encode_text(ids, normalize=True)  # pyright: ignore[reportCallIssue]
+    assert_same_embeddings(model, image, text, pixels, ids)
+
+
+def test_a_resnet_at_another_image_size_has_its_positions_resized_as_a_picture():
+    """open_clip resizes those of vision transformers only, so the reference gets positions that Pillow has resized."""
+    old, new = (reference_of("RN50-quickgelu", {"image_size": size}, {}) for size in (96, 160))
+    weights = randomise(old).state_dict()
+    model = small("rn50", "model.image_size=160")
+    load_weights(model, Weights(from_open_clip(weights), "open_clip"), "init_from=rn50.pt")
+    positions = weights["visual.attnpool.positional_embedding"]
+    assert len(positions) == 1 + 3 * 3
+    resized = [
+        np.asarray(Image.fromarray(channel).resize((5, 5), Image.Resampling.BICUBIC)).flatten()
+        for channel in positions[1:].T.reshape(-1, 3, 3).numpy()
+    ]
+    patches = torch.from_numpy(np.stack(resized, axis=1))
+    new.load_state_dict(weights | {"visual.attnpool.positional_embedding": torch.cat([positions[:1], patches])})
+    pixels = torch.randn(2, 3, 160, 160, generator=torch.Generator().manual_seed(2))
+    ids = texts(77)
+    with torch.no_grad():
+        image, text = new.eval().encode_image(pixels, normalize=True), new.encode_text(ids, normalize=True)
     assert_same_embeddings(model, image, text, pixels, ids)
 
 
