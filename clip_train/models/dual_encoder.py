@@ -32,12 +32,14 @@ class DualEncoder(nn.Module):
     """Images and texts to unit vectors whose cosine says how well they match (Radford et al., 2021).
 
     Attributes:
+        batch_keys: the entries of a batch that `forward` takes.
         logit_scale: log of the inverse temperature. It stays in fp32 whatever the model is converted to: in bf16 its
             step near ln 100 is 0.03. So does the bias.
         logit_bias: what the sigmoid loss adds to the logits; None where the loss has no bias.
         embed_dim: width of the embedding.
     """
 
+    batch_keys: tuple[str, ...] = ("image", "text")
     image_mean: Tensor
     image_std: Tensor
     logit_bias: nn.Parameter | None

@@ -5,7 +5,7 @@ backward goes on from the features' gradients, through the last micro-batch as i
 after it is encoded again, with the same random numbers.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clip_train.errors import ConfigError
 from clip_train.training.bad_step import telling_seed
 
-Encode = Callable[..., tuple[Tensor, Tensor]]
+Encode = Callable[..., tuple[Tensor, ...]]
 
 
 def cached_backward(
@@ -32,8 +32,9 @@ def cached_backward(
     Of k micro-batches, k - 1 are encoded twice.
 
     Args:
-        encode: inputs to image and text features (b, D).
-        loss: of image features, text features and the `logit_parameters` by name; called once.
+        encode: inputs to features: tensors with this rank's pairs along the first axis. Those that need no gradient
+            go to the loss, and that is all.
+        loss: of the features, and the `logit_parameters` by name; called once.
         logit_parameters: what the loss needs besides features, such as the temperature.
         inputs: tensors with this rank's pairs along the first axis.
         micro_batch_size: pairs at a time; the last micro-batch may be smaller.
@@ -52,36 +53,48 @@ def cached_backward(
             features.append(encode(*(tensor[part] for tensor in inputs)))
     encoded = encode(*(tensor[parts[-1]] for tensor in inputs))
     noise_after = _random_state(device)
-    leaves = [torch.cat(side).detach().requires_grad_() for side in zip(*features, encoded, strict=True)]
+    leaves = [
+        torch.cat(parts_of_one).detach().requires_grad_(last.requires_grad)
+        for last, parts_of_one in zip(encoded, zip(*features, encoded, strict=True), strict=True)
+    ]
     del features
-    scalars = {name: tensor.detach().requires_grad_() for name, tensor in logit_parameters.items()}
-    value, (image_grad, text_grad, *scalar_grads) = _loss_and_gradients(loss, leaves, scalars)
+    scalars = {name: tensor.detach().requires_grad_(tensor.requires_grad) for name, tensor in logit_parameters.items()}
+    value, gradients = _loss_and_gradients(loss, leaves, scalars)
+    feature_grads, scalar_grads = gradients[: len(leaves)], gradients[len(leaves) :]
     del leaves
     for number in reversed(range(len(parts))):  # the last micro-batch first: its activations are there
         part = parts[number]
         if encoded is None:
             _set_random_state(noise[number], device)
             encoded = encode(*(tensor[part] for tensor in inputs))
-        surrogate = (encoded[0] * image_grad[part]).sum() + (encoded[1] * text_grad[part]).sum()
+        surrogate = _weighted_sum(encoded, feature_grads, part)
         encoded = None
         if number == 0:  # every parameter must take part in the one synchronised backward
             pairs = zip(logit_parameters.values(), scalar_grads, strict=True)
-            surrogate = surrogate + sum(parameter * grad for parameter, grad in pairs)
+            surrogate = surrogate + sum(parameter * grad for parameter, grad in pairs if grad is not None)
         backward(surrogate, number == 0)
         del surrogate
     _set_random_state(noise_after, device)
     return value
 
 
+def _weighted_sum(encoded: tuple[Tensor, ...], grads: Sequence[Tensor | None], part: slice) -> Tensor:
+    """What has the features' gradients as its own."""
+    return torch.stack(
+        [(x * grad[part]).sum() for x, grad in zip(encoded, grads, strict=True) if grad is not None]
+    ).sum()
+
+
 def _loss_and_gradients(
     loss: Callable[..., Tensor], leaves: list[Tensor], scalars: dict[str, Tensor]
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss, detached, and its gradients: nothing that it kept outlives this."""
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The loss, detached, and its gradients, None where none is needed: nothing that it kept outlives this."""
     value = loss(*leaves, **scalars)
-    inputs = [*leaves, *scalars.values()]
+    inputs = [x for x in (*leaves, *scalars.values()) if x.requires_grad]
     with torch.autocast(value.device.type, enabled=False):  # which is for forward only
         grads = torch.autograd.grad(value, inputs, telling_seed(value), allow_unused=True)
-    return value.detach(), [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads)]
+    found = iter(torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, grads, strict=True))
+    return value.detach(), [next(found) if x.requires_grad else None for x in (*leaves, *scalars.values())]
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

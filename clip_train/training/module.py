@@ -80,7 +80,7 @@ class ClipModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         statistics = running_statistics(self.model)
-        with explained_out_of_memory(self.micro_batch_size, len(batch["image"])):
+        with explained_out_of_memory(self.micro_batch_size, self.clock.batch_size // self.trainer.world_size):
             loss = self._backward(batch)
             self.step_metrics = {"train/loss": loss, "train/logit_scale": self.model.logit_scale.detach().exp()}
             optimizer = cast(LightningOptimizer, self.optimizers())
@@ -95,8 +95,8 @@ class ClipModule(L.LightningModule):
 
     def _backward(self, batch: Batch) -> Tensor:
         """Gradients of the loss, averaged over ranks; returns the loss."""
-        inputs = (batch["image"], batch["text"])
-        if self.micro_batch_size is None or self.micro_batch_size >= len(batch["image"]):
+        inputs = tuple(batch[key] for key in self.model.batch_keys)
+        if self.micro_batch_size is None or self.micro_batch_size >= len(inputs[0]):
             loss = self.loss(*self.model(*inputs), **self.model.logit_parameters())
             self._synchronised_backward(loss, last=True)
             return loss.detach()

@@ -123,6 +123,34 @@ def test_a_locked_tower():
     assert not any(name.startswith("vision") for name in found)
 
 
+def test_outputs_beside_the_features():
+    class WithSampleLosses(nn.Module):
+        """A loss of each sample, and a count that has no gradient."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.towers = tiny_model("contrastive")
+
+        def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, ...]:
+            image, text = self.towers(pixels, ids)
+            return image, text, (image * text).sum(1).exp(), (ids != 0).sum(1)
+
+    def loss(image: Tensor, text: Tensor, own: Tensor, counts: Tensor, logit_scale: Tensor) -> Tensor:
+        assert not counts.requires_grad
+        return contrastive_loss(image, text, logit_scale) + 2 * own.sum() / counts.sum()
+
+    model = WithSampleLosses()
+    values, found = [], []
+    for size in (4, BATCH):
+        model.zero_grad()
+        arguments = (model, loss, model.towers.logit_parameters(), random_batch(BATCH))
+        values.append(cached_backward(*arguments, micro_batch_size=size, backward=lambda part, last: part.backward()))
+        found.append(gradients(model))
+    assert values[0].item() == pytest.approx(values[1].item(), rel=1e-6)
+    for name, expected in found[1].items():
+        torch.testing.assert_close(found[0][name], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_batch_norm_is_refused():
     with pytest.raises(ConfigError, match=r"1 is a batch norm.*micro_batch_size=null"):
         refuse_batch_norm(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
