@@ -149,7 +149,7 @@ def _metrics(plan: RunPlan, bad_samples: BadSamples, staging: ShardStaging, guar
 
 def _checkpointing(plan: RunPlan, metrics: TrainMetrics) -> Checkpointing:
     settings, world = plan.cfg.checkpoint, plan.world
-    check_best_metric(settings.best_metric, plan.data.val_sets)
+    check_best_metric(settings.best_metric, plan.data.val_sets, plan.data.zero_shot_sets)
     writer = CheckpointWriter(
         plan.folder.checkpoints,
         Retention(settings.keep, settings.keep_best, settings.best_metric, settings.best_mode),
@@ -182,6 +182,7 @@ def _validation(
     settings = plan.cfg.eval
     return Validation(
         plan.data.val_sets,
+        plan.data.zero_shot_sets,
         every_samples=plan.clock.cadence(settings.every, "eval.every"),
         batch_size=settings.batch_size,
         num_workers=plan.data.num_workers,

@@ -54,6 +54,7 @@ def open_data(cfg: DictConfig, world: World) -> ClipDataModule:
         batch_size=cfg.batch_size,
         seed=cfg.seed,
         world=world,
+        zero_shot=plain(cfg.eval).get("zero_shot"),
     )
 
 
