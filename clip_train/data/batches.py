@@ -49,8 +49,9 @@ class Batch(TypedDict):
 
     `bad` tells of the samples that could not be used and were replaced; `error`, if not empty, says why none could be.
     It travels as data, because an exception in a loader's worker reaches one rank only and would leave the others
-    waiting. `label`, if the model asks for it, is the samples' classes. `names` are the samples' shards and numbers, if they were asked for; `seconds` is what each stage of
-    loading took; `retries` is how often the process that made it had to go on with a download since its last batch.
+    waiting. `label`, if the model asks for it, is the samples' classes. `names` are the samples' shards and numbers, if
+    they were asked for; `seconds` is what each stage of loading took; `retries` is how often the process that made it
+    had to go on with a download since its last batch.
     """
 
     image: UInt8[Tensor, "b 3 height width"]

@@ -24,7 +24,7 @@ def open_sources(
     caption_key: CaptionKeys | Sequence[CaptionKeys],
     open_shards: OpenShards,
     setting: str,
-    classes: str | None | Sequence[str | None] = None,
+    classes: str | Sequence[str | None] | None = None,
     find_classes: FindClasses | None = None,
 ) -> dict[str, PairReader]:
     """A reader for each source, by name.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int64
@@ -52,7 +53,7 @@ def class_embeddings(
     if not means:  # more ranks than classes: take part with no rows, of the others' width
         ids = torch.from_numpy(tokenizer(classes.captions(0)[:1])).to(device)
         means.append(encode_text(ids).float()[:0])
-    return gather_ragged(torch.cat(means), [last - first for first, last in zip(edges, edges[1:])])
+    return gather_ragged(torch.cat(means), [last - first for first, last in pairwise(edges)])
 
 
 @torch.no_grad()
