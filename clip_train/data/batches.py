@@ -7,7 +7,7 @@ from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
@@ -23,8 +23,8 @@ from clip_train.data.staging import Stager
 from clip_train.data.tokenizer_choice import CaptionTokenizer
 from clip_train.errors import DataError
 
-_MAX_CONSECUTIVE_BAD = 100
-_UNUSABLE = (UnusableImage, UnusableCaption, UnusableSample)
+MAX_CONSECUTIVE_BAD = 100
+UNUSABLE = (UnusableImage, UnusableCaption, UnusableSample)
 
 
 class BadSample(NamedTuple):
@@ -49,14 +49,16 @@ class Batch(TypedDict):
 
     `bad` tells of the samples that could not be used and were replaced; `error`, if not empty, says why none could be.
     It travels as data, because an exception in a loader's worker reaches one rank only and would leave the others
-    waiting. `label`, if the model asks for it, is the samples' classes. `names` are the samples' shards and numbers, if
-    they were asked for; `seconds` is what each stage of loading took; `retries` is how often the process that made it
-    had to go on with a download since its last batch.
+    waiting. `label`, if the model asks for it, is the samples' classes; `features`, in place of pictures, is what its
+    tower made of them before. `names` are the samples' shards and numbers, if they were asked for; `seconds` is what
+    each stage of loading took; `retries` is how often the process that made it had to go on with a download since its
+    last batch.
     """
 
     image: UInt8[Tensor, "b 3 height width"]
     text: Int64[Tensor, "b context"]
     label: NotRequired[Int64[Tensor, " b"]]
+    features: NotRequired[Float[Tensor, "b width"]]
     bad: list[BadSample]
     error: str
     names: list[str]
@@ -144,7 +146,7 @@ class TrainBatches(Dataset[Batch]):
         count = self.reader.counts[shard]
         reason: Exception | None = None
         first = sample
-        for step in range(min(count, _MAX_CONSECUTIVE_BAD)):
+        for step in range(min(count, MAX_CONSECUTIVE_BAD)):
             number = (first + step) % count
             try:
                 pair = self.reader.read(shard, number)
@@ -154,14 +156,14 @@ class TrainBatches(Dataset[Batch]):
                 crop = self.augmentation.crop(image, self.image_size, draws, fast=self.decode == "fast")
                 clock.lap("decode")
                 return crop, text
-            except _UNUSABLE as error:
+            except UNUSABLE as error:
                 reason = error
                 if step == 0:
                     name, key = self.reader.shard_names[shard], self.reader.key(shard, sample)
                     bad.append(BadSample(error.kind, name, key, str(error)))
                 if isinstance(error, UnusableSample):
                     first = -step - 1  # the shard is shorter than it was said to be: go on from its beginning
-        name, tried = self.reader.name(shard, sample), min(count, _MAX_CONSECUTIVE_BAD)
+        name, tried = self.reader.name(shard, sample), min(count, MAX_CONSECUTIVE_BAD)
         raise DataError(f"{tried} unusable samples in a row, from {name} on ({reason})")
 
     def _tokens(self, captions: list[str], positions: np.ndarray) -> Int64[np.ndarray, "b context"]:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 from torch.utils.data import Dataset
 
-from clip_train.data.batches import Batch, assemble, failed, pixel_buffer
+from clip_train.data.batches import UNUSABLE, BadSample, Batch, assemble, failed, pixel_buffer
 from clip_train.data.captions import UnusableCaption
 from clip_train.data.decoding import MAX_IMAGE_PIXELS, Pixels, UnusableImage
 from clip_train.data.pairs import Pair, PairReader, UnusableSample
@@ -23,6 +23,7 @@ class EvalBatches(Dataset[Batch]):
 
     Attributes:
         with_labels: whether batches tell their samples' classes.
+        keep_bad: a sample that cannot be used is no error: its label is -1, and `bad` tells of it.
     """
 
     reader: PairReader
@@ -32,25 +33,34 @@ class EvalBatches(Dataset[Batch]):
     interpolation: str = "bicubic"
     max_image_pixels: int = MAX_IMAGE_PIXELS
     with_labels: bool = False
+    keep_bad: bool = False
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
-        pixels, captions, labels = pixel_buffer(len(indices), self.image_size), [], []
+        pixels, captions, labels, bad = pixel_buffer(len(indices), self.image_size), [], [], []
         try:
             for index, out in zip(indices, pixels.numpy()):
-                pair = self.reader.read(*self._locate(index))
-                out[:] = self._picture(pair)
-                if self.with_labels:
-                    labels.append(pair.label())
-                captions.append(pair.first_caption())
-        except (UnusableImage, UnusableCaption, UnusableSample) as error:
-            name = self.reader.name(*self._locate(indices[len(captions)]))
-            return failed(f"validation sample {name} cannot be used: {error}")
+                try:
+                    pair = self.reader.read(*self._locate(index))
+                    out[:], caption = self._picture(pair), pair.first_caption()
+                    label = pair.label() if self.with_labels else -1
+                except UNUSABLE as error:
+                    if not self.keep_bad:
+                        name = self.reader.name(*self._locate(index))
+                        return failed(f"validation sample {name} cannot be used: {error}")
+                    bad.append(self._bad(index, error))
+                    out[:], caption, label = 0, "", -1
+                captions.append(caption)
+                labels.append(label)
         except DataError as error:
             return failed(str(error))
-        return assemble(pixels, self.tokenizer(captions), labels=labels if self.with_labels else None)
+        return assemble(pixels, self.tokenizer(captions), bad, labels=labels if self.with_labels else None)
+
+    def _bad(self, index: int, error: UnusableImage | UnusableCaption | UnusableSample) -> BadSample:
+        shard, sample = self._locate(index)
+        return BadSample(error.kind, self.reader.shard_names[shard], self.reader.key(shard, sample), str(error))
 
     def picture_and_caption(self, index: int) -> tuple[Pixels, str]:
         """One sample. Raises UnusableImage, UnusableCaption, UnusableSample or DataError."""

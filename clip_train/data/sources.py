@@ -44,7 +44,7 @@ def open_sources(
     patterns = split_sources(shards)
     images = _for_each(image_key, patterns, f"{setting}.image_key")
     captions = _for_each(caption_key, patterns, f"{setting}.caption_key")
-    places = _for_each(classes or [None] * len(patterns), patterns, f"{setting}.classes")
+    places = [None] * len(patterns) if classes is None else _for_each(classes, patterns, f"{setting}.classes")
     readers = {}
     for name, pattern, image, caption, place in zip(_names(patterns), patterns, images, captions, places):
         opened = open_shards(pattern)

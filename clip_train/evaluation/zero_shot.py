@@ -16,6 +16,8 @@ from clip_train.data.tokenizer_choice import CaptionTokenizer
 from clip_train.distributed import gather_ragged, group_rank, group_size, raise_everywhere, sum_over_ranks
 from clip_train.heartbeat import beat
 from clip_train.models import DualEncoder
+from clip_train.models.linear_probe import LinearProbe
+from clip_train.models.prompt_learner import PromptLearner
 
 METRICS = ("top1", "top5", "mean_per_class_recall")
 
@@ -58,8 +60,10 @@ def class_embeddings(
 
 @torch.no_grad()
 def make_classifier(model: DualEncoder, batches: EvalBatches, batch_size: int) -> Classify:
-    """Pictures to scores of the set's classes: cosines to the class embeddings."""
+    """Pictures to scores of the set's classes: by what was learned of classes, else cosines to the class embeddings."""
     classes = set_classes(batches)
+    if isinstance(model, LinearProbe | PromptLearner):
+        return model.make_classifier(classes)
     device = model.logit_scale.device
     weights = class_embeddings(model.encode_text, classes, batches.tokenizer, batch_size=batch_size, device=device)
     return lambda pixels: model.encode_image(pixels) @ weights.T

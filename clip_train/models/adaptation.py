@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from clip_train.errors import ConfigError
+from clip_train.models.classifiers import Task, linear_probe, prompt_learner
 from clip_train.models.locking import freeze_logits, hold_still, lock_tower
 
 Settings = Mapping[str, Any]
@@ -19,23 +20,27 @@ class Method:
     Attributes:
         adapt: changes a model by the `finetune` group, and returns what is to be trained: the model, or one around it.
         adapter_only: whether all weights of the base are frozen, so that checkpoints hold only what was added.
+        classifies: it learns from labels; `adapt` takes the task, too.
     """
 
-    adapt: Callable[[nn.Module, Settings], nn.Module]
+    adapt: Callable[..., nn.Module]
     adapter_only: bool = False
+    classifies: bool = False
 
 
-def adapt(model: nn.Module, settings: Settings) -> nn.Module:
+def adapt(model: nn.Module, settings: Settings, task: Task | None = None) -> nn.Module:
     """A model, with its base's weights in place, made ready for fine-tuning.
 
     Args:
         model: with the towers `vision` and `text`; it is changed.
         settings: the `finetune` group.
+        task: for a method that `classifies`.
 
     Raises:
         ConfigError: there is no such method, or it refuses its settings.
     """
-    adapted = method_of(settings).adapt(model, settings)
+    method = method_of(settings)
+    adapted = method.adapt(model, settings, task) if method.classifies else method.adapt(model, settings)
     hold_still(adapted, settings.get("freeze_bn_stats", True))
     return adapted
 
@@ -65,4 +70,6 @@ def _lit(model: nn.Module, settings: Settings) -> nn.Module:
 METHODS = {
     "full": Method(_full),
     "lit": Method(_lit),
+    "linear_probe": Method(linear_probe, adapter_only=True, classifies=True),
+    "prompt": Method(prompt_learner, adapter_only=True, classifies=True),
 }

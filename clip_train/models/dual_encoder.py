@@ -67,9 +67,13 @@ class DualEncoder(nn.Module):
         self, pixels: UInt8[Tensor, "b 3 height width"] | Float[Tensor, "b 3 height width"]
     ) -> Float[Tensor, "b embed"]:
         """Unit vectors. uint8 pixels are normalised here, on the device; others are taken as normalised."""
-        if pixels.dtype == torch.uint8:
-            pixels = (pixels.to(self.image_mean.dtype) - self.image_mean) / self.image_std
-        return F.normalize(self.vision(pixels).float(), dim=-1)
+        return F.normalize(self.vision(self.normalised(pixels)).float(), dim=-1)
+
+    def normalised(self, pixels: Tensor) -> Float[Tensor, "b 3 height width"]:
+        """Pixels as the image tower takes them; those that are not uint8 are taken as they are."""
+        if pixels.dtype != torch.uint8:
+            return pixels
+        return (pixels.to(self.image_mean.dtype) - self.image_mean) / self.image_std
 
     def encode_text(self, ids: Int64[Tensor, "b context"]) -> Float[Tensor, "b embed"]:
         """Unit vectors."""
@@ -92,6 +96,14 @@ class DualEncoder(nn.Module):
     def clamp_logit_scale(self) -> None:
         """Keep the scale between 1 and 100; to be called after each optimizer step."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    @torch.no_grad()
+    def take_scalars(self, other: "DualEncoder") -> None:
+        """Take over another model's temperature, bias and normalisation of pixels."""
+        self.logit_scale.copy_(other.logit_scale)
+        self.logit_bias = other.logit_bias
+        self.image_mean.copy_(other.image_mean)
+        self.image_std.copy_(other.image_std)
 
     def _apply(self, fn, recurse: bool = True):
         kept = [

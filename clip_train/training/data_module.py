@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from clip_train.data.augmentation import Augmentation
 from clip_train.data.batches import TrainBatches
 from clip_train.data.class_names import LABEL_EXTENSION, ClassNames, read_class_names
 from clip_train.data.eval_batches import EvalBatches
+from clip_train.data.feature_batches import FeatureBatches
 from clip_train.data.files import user_cache
 from clip_train.data.fingerprint import Description, describe, describe_shards, digest
 from clip_train.data.index import ShardIndex
@@ -96,8 +98,9 @@ class ClipDataModule(L.LightningDataModule):
             stager=self.stager,
         )
         self.batches.reader.keep_open(self.batches.order.shards_at_once(world.size))
+        self.features: FeatureBatches | None = None
         val = {**data, **{key: value for key, value in data["val"].items() if value is not None}}
-        make_batches = partial(
+        make_batches = self._make_eval = partial(
             EvalBatches,
             tokenizer=tokenizer,
             image_size=image_size,
@@ -157,7 +160,7 @@ class ClipDataModule(L.LightningDataModule):
     @cached_property
     def has_remote_shards(self) -> bool:
         """Whether training reads shards that have to be fetched."""
-        return any(scheme_of(name) for name in self.batches.reader.shard_names)
+        return self.features is None and any(scheme_of(name) for name in self.batches.reader.shard_names)
 
     def describe_data(self) -> Description:
         """The training data, for checkpoints; `fingerprint.differences` compares two of them."""
@@ -174,11 +177,33 @@ class ClipDataModule(L.LightningDataModule):
         """Pairs in the training set."""
         return len(self.batches.reader)
 
+    @property
+    def class_names(self) -> ClassNames:
+        """Of the training set, if all of its samples have labels of the same classes. Raises ConfigError."""
+        found = self.batches.reader.classes
+        if len(found) != 1 or found[0] is None:
+            raise ConfigError("finetune learns from labels: give data.caption_key=cls, and sources of the same classes")
+        return found[0]
+
+    def serve(self, batch_keys: Sequence[str]) -> None:
+        """Put what a model asks for into the batches."""
+        self.batches = replace(self.batches, with_labels="label" in batch_keys)
+
+    def serve_features(self, features: FeatureBatches) -> None:
+        """From now on, train on these."""
+        self.features = features
+
+    def unaugmented(self) -> EvalBatches:
+        """The training set with its labels, as evaluation would see it; samples may be bad."""
+        return self._make_eval(self.batches.reader, with_labels=True, keep_bad=True)
+
     def train_dataloader(self) -> DataLoader:
         """The stream from the module's position on."""
         module = cast(ClipModule, cast(L.Trainer, self.trainer).lightning_module)
         starts = BatchStarts(module.position, self.batch_size)
         pin_memory = self.world.accelerator == "gpu"
+        if self.features is not None:  # nothing to decode
+            return make_loader(self.features, starts, num_workers=0, pin_memory=pin_memory)
         return make_loader(self.batches, starts, self.num_workers, pin_memory)
 
 

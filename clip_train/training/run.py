@@ -99,7 +99,8 @@ def _plan(cfg: DictConfig, world: World, undone: RollBack | None) -> RunPlan:
     checkpoint = find_checkpoint(folder, resume)
     if cfg.init_from and not checkpoint:
         load_initial_weights(model, str(cfg.init_from))
-    module = make_module(cfg, clock, prepare(model, cfg))
+    module = make_module(cfg, clock, prepare(model, cfg, data))
+    data.serve(module.model.batch_keys)
     if checkpoint:
         about = {"config": plain(cfg), "data": data.describe_data(), "world_size": world.size}
         check_resumable(checkpoint, resume, model=module.model, **about)

@@ -76,7 +76,7 @@ def test_what_does_not_say_what_it_should_is_named(tmp_path, entries, message):
 def test_what_is_not_there_is_named(tmp_path):
     with pytest.raises(DataError, match=r"no classes.json or classnames.txt beside .*: give data.classes"):
         read_class_names(None, str(tmp_path / "a" / "0.tar"))
-    with pytest.raises(DataError, match="data.classes=/x/classes.json: there is no such file"):
+    with pytest.raises(DataError, match=r"data\.classes=/x/classes\.json: there is no such file"):
         read_class_names("/x/classes.json", "0.tar")
     (tmp_path / "classes.json").write_text("[")
     with pytest.raises(DataError, match="is not JSON of the form"):
