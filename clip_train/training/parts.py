@@ -31,7 +31,6 @@ from clip_train.training.launch import World
 from clip_train.training.module import ClipModule
 from clip_train.training.run_folder import RunFolder
 from clip_train.training.run_logger import RunLogger
-from clip_train.training.schedule import COSINE
 from clip_train.training.signals import keep_handlers
 from clip_train.training.watchdog import group_timeout
 
@@ -43,11 +42,12 @@ def make_model(cfg: DictConfig) -> DualEncoder:
     return create_dual_encoder(**plain(cfg.model))
 
 
-def make_module(cfg: DictConfig, clock: Clock, model: Any) -> ClipModule:
+def make_module(cfg: DictConfig, clock: Clock, model: Any, adapter_only: bool = False) -> ClipModule:
     """The model, ready to be trained, and how it is trained."""
     micro_batch_size = None if cfg.micro_batch_size == "auto" else cfg.micro_batch_size
-    schedule = plain(cfg.schedule) if "schedule" in cfg else COSINE  # a config of before there was a choice
-    return ClipModule(model, make_loss(cfg), plain(cfg.optim), clock, cfg.seed, micro_batch_size, schedule)
+    return ClipModule(
+        model, make_loss(cfg), plain(cfg.optim), clock, cfg.seed, micro_batch_size, plain(cfg.schedule), adapter_only
+    )
 
 
 def open_data(cfg: DictConfig, world: World) -> ClipDataModule:

@@ -142,6 +142,6 @@ def test_settings_that_cannot_be(settings, message):
 
 
 def test_another_text_tower_takes_no_vectors():
-    siglip = {**TINY, "text": {**TINY["text"], "name": "siglip"}}
+    siglip = {**TINY, "text": {**TINY["text"], "name": "siglip", "proj": "none", "width": 32}}
     with pytest.raises(ConfigError, match="finetune=prompt puts vectors into CLIP's text tower"):
         adapt(create_dual_encoder(**siglip), PROMPT, TASK)
