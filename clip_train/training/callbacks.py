@@ -22,7 +22,7 @@ from clip_train.training.checkpointing import Checkpointing
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.durations import Clock
 from clip_train.training.ema import WeightAverage
-from clip_train.training.feature_cache import ProbeStart
+from clip_train.training.feature_cache import ProbeStart, features_key
 from clip_train.training.guard import Guard
 from clip_train.training.guard_report import write_report
 from clip_train.training.health import Health
@@ -207,10 +207,12 @@ def _validation(
 
 
 def _probe_start(plan: RunPlan) -> list[L.Callback]:
-    if not isinstance(plan.module.model, LinearProbe):
+    cfg, probe = plan.cfg, plan.module.model
+    if not isinstance(probe, LinearProbe):
         return []
-    folder = Path(plan.cfg.data.cache_dir or plan.folder.path)
-    return [ProbeStart(plan.data, folder, plan.cfg.eval.batch_size, fresh=plan.checkpoint is None)]
+    key = features_key(probe, plan.data.unaugmented(), f"{cfg.trainer.precision} on {plan.world.accelerator}")
+    folder = Path(cfg.data.cache_dir or plan.folder.path) / f"features_{key}"
+    return [ProbeStart(plan.data, folder, cfg.cfg.eval.batch_size, fresh=plan.checkpoint is None)]
 
 
 def _micro_batch_search(plan: RunPlan) -> MicroBatchSearch:

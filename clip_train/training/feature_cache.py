@@ -37,7 +37,7 @@ class ProbeStart(Callback):
 
     Args:
         data: told to serve features in place of pictures.
-        folder: where the features are kept, in a folder of their own.
+        folder: where the features are kept, theirs alone.
         batch_size: pictures per forward pass on a rank.
         fresh: the run begins, and its head with it.
     """
@@ -48,7 +48,6 @@ class ProbeStart(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         probe, precision = cast(LinearProbe, pl_module.model), trainer.precision_plugin
         pictures = self.data.unaugmented()
-        folder = self.folder / f"features_{features_key(probe, pictures, str(trainer.precision))}"
         with whole_weights(probe):
             if self.fresh and probe.initial_head == "zero_shot":
                 where = {"batch_size": self.batch_size, "device": pl_module.device}
@@ -58,18 +57,22 @@ class ProbeStart(Callback):
             compute_features(
                 probe.image_features,
                 pictures,
-                folder,
+                self.folder,
                 batch_size=self.batch_size,
                 num_workers=self.data.num_workers,
                 autocast=precision.forward_context,
                 device=pl_module.device,
             )
-        self.data.serve_features(FeatureBatches(FeatureTable.open(folder, len(pictures)), self.data.batches))
+        table = FeatureTable.open(self.folder, len(pictures))
+        self.data.serve_features(FeatureBatches(table, self.data.batches))
 
 
 def features_key(probe: LinearProbe, pictures: EvalBatches, precision: str) -> str:
-    """Differs where another set, another tower, or another preparation of pictures gives other features."""
-    tower = {f"vision.{name}": tensor.cpu() for name, tensor in probe.vision.state_dict().items()}
+    """Differs where another set, another tower, or another preparation of pictures gives other features.
+
+    To be asked before the weights go to a device, or are sharded.
+    """
+    tower = dict(probe.vision.state_dict())
     about = {
         "tower": weights_checksum(tower),
         "features": probe.features,
