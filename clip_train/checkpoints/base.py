@@ -2,11 +2,14 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from clip_train.checkpoints.folder import MANIFEST
 
 _KEY = "base"  # of the manifest's `about`
 
@@ -29,6 +32,10 @@ class Base:
     def of(cls, about: Mapping[str, Any]) -> "Base | None":
         """The base of the checkpoint whose manifest says `about`; None for one that holds all weights."""
         return cls(**about[_KEY]) if about.get(_KEY) else None
+
+    def moved_to(self, weights: str) -> "Base":
+        """The same, read from elsewhere: what is no checkpoint has averages as its weights."""
+        return replace(self, weights=weights, ema=self.ema and (Path(weights) / MANIFEST).exists())
 
     def about(self) -> dict[str, Any]:
         """What the manifest says."""

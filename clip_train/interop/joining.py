@@ -75,7 +75,8 @@ def read_whole(
     assert found.manifest
     config = found.manifest.about["config"]
     model = create_dual_encoder(**from_scratch(config["model"]))
-    load_weights(model, read_base(replace(named, weights=base or named.weights), f"{key}={source}"), named.weights)
+    named = named.moved_to(base) if base else named
+    load_weights(model, read_base(named, f"{key}={source}"), f"base={named.weights}")
     adapted = adapt(model, config["finetune"])
     _load_learned(adapted, found, f"{key}={source}")
     method_of(config["finetune"]).merge(adapted)

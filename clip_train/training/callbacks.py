@@ -212,7 +212,7 @@ def _probe_start(plan: RunPlan) -> list[L.Callback]:
         return []
     key = features_key(probe, plan.data.unaugmented(), f"{cfg.trainer.precision} on {plan.world.accelerator}")
     folder = Path(cfg.data.cache_dir or plan.folder.path) / f"features_{key}"
-    return [ProbeStart(plan.data, folder, cfg.cfg.eval.batch_size, fresh=plan.checkpoint is None)]
+    return [ProbeStart(plan.data, folder, cfg.eval.batch_size, fresh=plan.checkpoint is None)]
 
 
 def _micro_batch_search(plan: RunPlan) -> MicroBatchSearch:

@@ -65,7 +65,8 @@ def shard_towers(model: DualEncoder, mesh: DeviceMesh) -> None:
     for tower in (model.vision, model.text):
         for block in repeated_blocks(tower):
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        fully_shard(tower, mesh=mesh, reshard_after_forward=False)
+        # After backward it is cut again; a frozen one has none.
+        fully_shard(tower, mesh=mesh, reshard_after_forward=not _learns(tower))
 
 
 def average_gradients(parameters: Iterator[nn.Parameter]) -> None:
@@ -89,7 +90,11 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for shard in shards:
             shard.reshard()
-            shard.set_reshard_after_forward(shard not in towers, recurse=False)
+            shard.set_reshard_after_forward(shard not in towers or not _learns(shard), recurse=False)
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _shards(model: nn.Module) -> list[FSDPModule]:

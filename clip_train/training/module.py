@@ -18,6 +18,7 @@ from clip_train.models.locking import fixed_names
 from clip_train.training.bad_step import clip_or_skip, restore_unless, running_statistics, telling_seed
 from clip_train.training.cached_gradients import cached_backward, refuse_batch_norm
 from clip_train.training.durations import Clock
+from clip_train.training.frozen_towers import encoding_once
 from clip_train.training.memory import explained_out_of_memory
 from clip_train.training.optimizer import build_optimizer, set_rates, with_settings_of
 from clip_train.training.schedule import COSINE, make_schedule
@@ -108,7 +109,7 @@ class ClipModule(L.LightningModule):
             self._synchronised_backward(loss, last=True)
             return loss.detach()
         return cached_backward(
-            self.model,
+            encoding_once(self.model),
             self.loss,
             self.model.logit_parameters(),
             inputs,

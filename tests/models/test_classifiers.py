@@ -94,6 +94,7 @@ def test_a_context_of_words_is_those_words(csc):
     cosines = model.make_classifier(CLASSES)(pixels())
     assert torch.allclose(base().logit_scale.exp() * cosines, logits, atol=1e-5)
     losses.mean().backward()
+    assert model.context.grad is not None
     assert model.context.grad.abs().amin(dim=-1).count_nonzero() == model.context[..., 0].numel()
 
 
