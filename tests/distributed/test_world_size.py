@@ -16,7 +16,7 @@ from tests.cli.runs import train_tiny
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
-STEPS, BATCH = 10, 48
+STEPS, BATCH = 6, 48
 RANKS = (1, 2, 3, 4)
 WAYS = list(itertools.product([None, 2, 4], ["gather", "ring"], ["false", "true"]))
 

@@ -33,6 +33,6 @@ def node():
 def undisturbed(tmp_path_factory) -> list[list[str]]:
     """What each step of a run trains on that nothing happens to."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    done = clip_train(*RUN, f"output_dir={folder}", "run_name=run", "max_steps=600")
+    done = clip_train(*RUN, f"output_dir={folder}", "run_name=run", "max_steps=400")
     assert done.returncode == 0, done.stderr
     return samples_of(folder / "run")
