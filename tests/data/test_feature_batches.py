@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_the_same_samples_and_labels_as_of_pictures(tmp_path):
     for rank in range(3):
         mine = replace(pictures, rank=rank, world_size=3)
         for start in (0, 18, 180):
-            expected, found = mine[start], FeatureBatches(table, mine)[start]
+            expected, found = mine[start], cast(Any, FeatureBatches(table, mine)[start])
             assert found["names"] == expected["names"]
             assert found["label"].tolist() == expected["label"].tolist()
             assert [int(n) % 7 for n in found["features"][:, 0]] == expected["label"].tolist()

@@ -1,6 +1,7 @@
 """Training batches of labelled shards."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.labelled import CLASSES, TEMPLATES, make_labelled
 NAMES = ClassNames(CLASSES, TEMPLATES)
 
 
-def labelled_batches(pattern: str, batch_size: int = 21, rank: int = 0, world_size: int = 1) -> TrainBatches:
+def labelled_batches(pattern: str, batch_size: int = 21, rank: int = 0, world_size: int = 1) -> Any:
     reader = PairReader(load_indexes(expand_shards(pattern, "x")), "png", "cls", classes=NAMES)
     order = SampleOrder(reader.counts, seed=0, lanes=3, window=5)
     tokenizer = ClipTokenizer(16)

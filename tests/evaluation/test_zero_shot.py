@@ -1,4 +1,5 @@
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def evaluate(pattern: str, batch_size: int = 4) -> dict[str, float] | str:
 def by_the_book(pattern: str) -> tuple[dict[str, float], torch.Tensor]:
     """open_clip's arithmetic, in float64 on the model's outputs: (metrics, class embeddings)."""
     model, batches = tiny_model(), labelled_set(pattern)
-    batch = batches[range(len(batches))]
+    batch: Any = batches[range(len(batches))]
     columns = []
     with torch.no_grad():
         for name in CLASSES:
