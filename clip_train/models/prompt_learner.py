@@ -41,6 +41,7 @@ class PromptLearner(DualEncoder):
     """
 
     batch_keys = ("image", "label")
+    closed_towers = ("vision",)  # the context is put into the text tower
     class_ids: Tensor
 
     def __init__(
