@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from clip_train.errors import ConfigError
+from clip_train.models.classifiers import Task, linear_probe, prompt_learner
 from clip_train.models.feature_adapter import FeatureAdapter
 from clip_train.models.locking import freeze_logits, hold_still, lock_tower
 from clip_train.models.lora import add_lora, merge_lora
@@ -24,24 +25,28 @@ class Method:
         adapt: changes a model by the `finetune` group, and returns what is to be trained: the model, or one around it.
         adapter_only: whether the base's weights are all frozen, so that checkpoints hold only what was added.
         merge: puts what was added into the base's weights, as far as that can be done.
+        classifies: it learns from labels; `adapt` takes the task, too.
     """
 
-    adapt: Callable[[Any, Settings], nn.Module]
+    adapt: Callable[..., nn.Module]
     adapter_only: bool = False
     merge: Callable[[nn.Module], None] = lambda model: None
+    classifies: bool = False
 
 
-def adapt(model: Any, settings: Settings) -> Any:
+def adapt(model: Any, settings: Settings, task: Task | None = None) -> Any:
     """A model, with its base's weights in place, made ready for fine-tuning.
 
     Args:
         model: with the towers `vision` and `text`; it is changed.
         settings: the `finetune` group.
+        task: for a method that `classifies`.
 
     Raises:
         ConfigError: there is no such method, or it refuses its settings.
     """
-    adapted = method_of(settings).adapt(model, settings)
+    method = method_of(settings)
+    adapted = method.adapt(model, settings, task) if method.classifies else method.adapt(model, settings)
     if not settings.get("train_logit_scale", True):
         freeze_logits(model)
     hold_still(adapted, settings.get("freeze_bn_stats", True))
@@ -110,4 +115,6 @@ METHODS = {
     "lit": Method(_lit),
     "lora": Method(_lora, adapter_only=True, merge=merge_lora),
     "adapter": Method(_adapter, adapter_only=True),
+    "linear_probe": Method(linear_probe, adapter_only=True, classifies=True),
+    "prompt": Method(prompt_learner, adapter_only=True, classifies=True),
 }

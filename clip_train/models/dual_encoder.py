@@ -109,6 +109,14 @@ class DualEncoder(nn.Module):
         """Keep the scale between 1 and 100; to be called after each optimizer step."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
+    @torch.no_grad()
+    def take_scalars(self, other: "DualEncoder") -> None:
+        """Take over another model's temperature, bias and normalisation of pixels."""
+        self.logit_scale.copy_(other.logit_scale)
+        self.logit_bias = other.logit_bias
+        self.image_mean.copy_(other.image_mean)
+        self.image_std.copy_(other.image_std)
+
     def _apply(self, fn, recurse: bool = True):
         kept = [
             (scalar, scalar.detach().clone()) for scalar in (self.logit_scale, self.logit_bias) if scalar is not None

@@ -13,6 +13,8 @@ from clip_train.checkpoints.base import Base
 from clip_train.checkpoints.mirror import Mirror
 from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.writer import CheckpointWriter
+from clip_train.data.eval_batches import EvalBatches
+from clip_train.models.linear_probe import LinearProbe
 from clip_train.training.agreement import RankAgreement
 from clip_train.training.bad_samples import BadSamples
 from clip_train.training.cached_gradients import refuse_batch_norm
@@ -20,6 +22,7 @@ from clip_train.training.checkpointing import Checkpointing
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.durations import Clock
 from clip_train.training.ema import WeightAverage
+from clip_train.training.feature_cache import ProbeStart, features_key
 from clip_train.training.guard import Guard
 from clip_train.training.guard_report import write_report
 from clip_train.training.health import Health
@@ -65,6 +68,11 @@ class RunPlan:
     undone: RollBack | None
 
     @property
+    def retrieval_sets(self) -> dict[str, EvalBatches]:
+        """What there is to evaluate by retrieval; nothing for a model that only tells classes."""
+        return self.data.val_sets if "text" in self.module.model.batch_keys else {}
+
+    @property
     def complete_already(self) -> bool:
         """Whether there is nothing left to do."""
         total = self.clock.total_samples
@@ -100,11 +108,12 @@ def make_callbacks(plan: RunPlan, rank_log: RankLog, console: Console) -> RunCal
     watchdog = Watchdog(folder.path / "stacks", *timeouts(cfg))
     start = _start(plan, rank_log, console)
     search = [_micro_batch_search(plan)] if cfg.micro_batch_size == "auto" else []
+    probe = _probe_start(plan)
     sample_log = [SampleLog(folder.path / "samples")] if cfg.data.sample_log else []
     progress = ProgressDisplay(metrics, console)
     # The average takes memory, so that it comes before the search; that comes before anything is timed.
-    in_order = [watchdog, start, *([average] if average else []), *search, guard, bad_samples, staging, agreement]
-    in_order += [metrics, *sample_log, checkpointing, progress, validation, trial]
+    in_order = [watchdog, start, *probe, *([average] if average else []), *search, guard, bad_samples, staging]
+    in_order += [agreement, metrics, *sample_log, checkpointing, progress, validation, trial]
     return RunCallbacks(guard, metrics, checkpointing, trial, agreement, validation, in_order)
 
 
@@ -151,7 +160,7 @@ def _metrics(plan: RunPlan, bad_samples: BadSamples, staging: ShardStaging, guar
 
 def _checkpointing(plan: RunPlan, metrics: TrainMetrics) -> Checkpointing:
     settings, world = plan.cfg.checkpoint, plan.world
-    check_best_metric(settings.best_metric, plan.data.val_sets)
+    check_best_metric(settings.best_metric, plan.retrieval_sets, plan.data.zero_shot_sets)
     writer = CheckpointWriter(
         plan.folder.checkpoints,
         Retention(settings.keep, settings.keep_best, settings.best_metric, settings.best_mode),
@@ -184,7 +193,8 @@ def _validation(
 ) -> Validation:
     settings = plan.cfg.eval
     return Validation(
-        plan.data.val_sets,
+        plan.retrieval_sets,
+        plan.data.zero_shot_sets,
         every_samples=plan.clock.cadence(settings.every, "eval.every"),
         batch_size=settings.batch_size,
         num_workers=plan.data.num_workers,
@@ -194,6 +204,15 @@ def _validation(
         after=after,
         owed=plan.checkpoint is not None and not plan.checkpoint.manifest.about.get("metrics"),
     )
+
+
+def _probe_start(plan: RunPlan) -> list[L.Callback]:
+    cfg, probe = plan.cfg, plan.module.model
+    if not isinstance(probe, LinearProbe):
+        return []
+    key = features_key(probe, plan.data.unaugmented(), f"{cfg.trainer.precision} on {plan.world.accelerator}")
+    folder = Path(cfg.data.cache_dir or plan.folder.path) / f"features_{key}"
+    return [ProbeStart(plan.data, folder, cfg.eval.batch_size, fresh=plan.checkpoint is None)]
 
 
 def _micro_batch_search(plan: RunPlan) -> MicroBatchSearch:

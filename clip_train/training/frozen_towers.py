@@ -26,8 +26,12 @@ def encoding_once(model: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
 
 
 def _frozen_towers(model: nn.Module) -> list[nn.Module]:
-    """Those without a weight that learns, or a part that is in training mode and might draw random numbers."""
-    towers = [tower for tower in (getattr(model, name, None) for name in ("vision", "text")) if tower is not None]
+    """Those without a weight that learns, or a part that is in training mode and might draw random numbers.
+
+    Not a tower into which something that learns is put from outside: a model's `closed_towers` are the others.
+    """
+    names = getattr(model, "closed_towers", ("vision", "text"))
+    towers = [tower for tower in (getattr(model, name, None) for name in names) if tower is not None]
     return [
         tower
         for tower in towers

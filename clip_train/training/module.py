@@ -33,6 +33,7 @@ class ClipModule(L.LightningModule):
     Args:
         model: the towers.
         loss: of this rank's image and text features and the model's `logit_parameters`; the mean over the global batch.
+            If it has `metrics`, they are logged with it.
         optim: the `optim` group of the configs.
         clock: batch size and length of the run.
         seed: of the noise inside the model, if it has any.
@@ -95,6 +96,7 @@ class ClipModule(L.LightningModule):
             self.step_metrics = {"train/loss": loss, "train/logit_scale": self.model.logit_scale.detach().exp()}
             if self.teacher is not None and self.teacher.latest is not None:
                 self.step_metrics["train/distillation_loss"] = self.teacher.latest
+            self.step_metrics |= getattr(self.loss, "metrics", {})
             optimizer = cast(LightningOptimizer, self.optimizers())
             optimizer.step()  # clips first, or does nothing: `on_before_optimizer_step`
         optimizer.zero_grad()

@@ -18,7 +18,9 @@ from torch import Tensor
 from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.data.tokenizer_choice import CaptionTokenizer, choose_tokenizer
 from clip_train.errors import ConfigError
+from clip_train.losses.classification import ClassificationLoss
 from clip_train.models import DualEncoder, create_dual_encoder
+from clip_train.models.adaptation import method_of
 from clip_train.models.dual_encoder import AnyTextTower
 from clip_train.models.text_config import TextConfig
 from clip_train.training.checkpointing import FolderCheckpointIO
@@ -67,6 +69,7 @@ def open_data(cfg: DictConfig, world: World) -> ClipDataModule:
         batch_size=cfg.batch_size,
         seed=cfg.seed,
         world=world,
+        zero_shot=plain(cfg.eval).get("zero_shot"),
     )
 
 
@@ -89,7 +92,9 @@ def check_tokenizer(tokenizer: CaptionTokenizer, text: AnyTextTower) -> None:
 
 
 def make_loss(cfg: DictConfig) -> Callable[..., Tensor]:
-    """The loss group's function, with the name of a dtype turned into the dtype."""
+    """The loss group's function, with the name of a dtype turned into the dtype; another where labels are learned."""
+    if cfg.get("finetune") is not None and method_of(plain(cfg.finetune)).classifies:
+        return ClassificationLoss()
     dtype = _matmul_dtype(cfg)
     return instantiate(cfg.loss) if dtype is None else partial(instantiate(cfg.loss), matmul_dtype=dtype)
 

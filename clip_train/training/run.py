@@ -98,7 +98,8 @@ def _plan(cfg: DictConfig, world: World, undone: RollBack | None) -> RunPlan:
     check_tokenizer(data.batches.tokenizer, model.text)
     checkpoint = find_checkpoint(folder, resume)
     base = load_base(model, cfg, checkpoint)
-    module = make_module(cfg, clock, prepare(model, cfg), adapter_only=base is not None)
+    module = make_module(cfg, clock, prepare(model, cfg, data), adapter_only=base is not None)
+    data.serve(module.model.batch_keys)
     if checkpoint:
         about = {"config": plain(cfg), "data": data.describe_data(), "world_size": world.size}
         check_resumable(checkpoint, resume, module=module, **about)
