@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from clip_train.data.preprocessing import INTERPOLATIONS, RESIZE_MODES
 from clip_train.data.tokenizer import LONG_CAPTIONS
 from clip_train.errors import ConfigError
+from clip_train.models.adaptation import method_of
 from clip_train.models.dual_encoder import INITIAL_LOGIT_SCALE
 from clip_train.training.launch import World
 from clip_train.training.optimizer import OPTIMIZERS, TOWERS
@@ -139,6 +140,7 @@ def check_config(cfg: DictConfig, world: World) -> None:
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)} is a share: give at most 1")
     _check_logits(cfg)
     _check_decoder(cfg)
+    _check_finetune(cfg)
     _check_fsdp(cfg)
     if rest := cfg.batch_size % world.size:
         below, above = cfg.batch_size - rest, cfg.batch_size - rest + world.size
@@ -172,6 +174,16 @@ def _check_logits(cfg: DictConfig) -> None:
             f"model.init_logit_bias={bias}: loss={loss.removesuffix('_loss')} has no bias, it would cancel;"
             " leave it null, or take loss=sigmoid"
         )
+
+
+def _check_finetune(cfg: DictConfig) -> None:
+    if cfg.get("finetune") is None or not method_of(dict(cfg.finetune)).classifies:
+        return
+    name = cfg.finetune.method
+    if cfg.model.get("decoder") is not None:
+        raise ConfigError(f"finetune={name} goes with a model of two towers: give model.decoder=null")
+    if cfg.get("distill") is not None:
+        raise ConfigError(f"finetune={name} learns from labels, and not from a teacher: leave distill out")
 
 
 def _check_decoder(cfg: DictConfig) -> None:
