@@ -48,8 +48,8 @@ def adapt(model: nn.Module, settings: Settings, task: Task | None = None) -> nn.
     method = method_of(settings)
     if method.classifies and task is None:
         raise ConfigError(
-            f"finetune={settings['method']} learned to tell its classes, which is not part of a model of images and texts:"
-            " take the weights of its base"
+            f"finetune={settings['method']} learned to tell its classes, which is not part of a model of images and"
+            " texts: take the weights of its base"
         )
     adapted = method.adapt(model, settings, task) if method.classifies else method.adapt(model, settings)
     if not settings.get("train_logit_scale", True):
