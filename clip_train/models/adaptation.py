@@ -34,7 +34,7 @@ class Method:
     classifies: bool = False
 
 
-def adapt(model: nn.Module, settings: Settings, task: Task | None = None) -> nn.Module:
+def adapt(model: Any, settings: Settings, task: Task | None = None) -> Any:
     """A model, with its base's weights in place, made ready for fine-tuning.
 
     Args:

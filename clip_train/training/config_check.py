@@ -43,6 +43,12 @@ _NUMBERS: tuple[tuple[str, type, float], ...] = (
     ("optim.text.layer_decay", Real, 0),
     ("optim.fallback.lr_scale", Real, 0),
     ("optim.fallback.eps", Real, 0),
+    ("finetune.unlocked_groups", int, 0),
+    ("finetune.rank", int, 1),
+    ("finetune.alpha", Real, 0),
+    ("finetune.dropout", Real, 0),
+    ("finetune.ratio", Real, 0),
+    ("finetune.reduction", int, 1),
     ("schedule.end_factor", Real, 0),
     ("schedule.cooldown_power", Real, 0),
     ("schedule.period_factor", Real, 1),
@@ -76,10 +82,13 @@ _SHARES = (
     "optim.vision.layer_decay",
     "optim.text.layer_decay",
     "schedule.end_factor",
+    "finetune.dropout",
+    "finetune.ratio",
     "ema.decay",
 )
 # What some choices of these groups have and others have not, or a config of before there were any.
 _OPTIONAL = ("optim.eps", "optim.momentum", "optim.vision.", "optim.text.", "optim.fallback.", "schedule.", "ema.")
+_OPTIONAL += ("finetune.",)
 _DEFAULTS = {"model.init_logit_scale": INITIAL_LOGIT_SCALE}  # a model config of the user's need not have it
 _ABSENT = object()
 _LN_100 = math.log(100)
@@ -124,6 +133,8 @@ def check_config(cfg: DictConfig, world: World) -> None:
     for key in _SHARES:
         if (OmegaConf.select(cfg, key) or 0) > 1:
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)} is a share: give at most 1")
+    if cfg.get("init_from_ema") and not cfg.init_from:
+        raise ConfigError("init_from_ema=true says nothing without init_from: give init_from=CHECKPOINT")
     _check_logits(cfg)
     _check_fsdp(cfg)
     if rest := cfg.batch_size % world.size:

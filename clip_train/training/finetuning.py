@@ -1,6 +1,7 @@
 """What a run begins with: the weights of `init_from`, and the model adapted as `finetune` says."""
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 from torch import nn
@@ -19,7 +20,7 @@ from clip_train.training.parts import plain
 from clip_train.training.resume import Checkpoint
 
 
-def prepare(model: DualEncoder, cfg: DictConfig, data: ClipDataModule) -> nn.Module:
+def prepare(model: DualEncoder, cfg: DictConfig, data: ClipDataModule) -> Any:
     """The model made ready for fine-tuning; as it is for pretraining.
 
     Args:
@@ -40,7 +41,7 @@ def prepare(model: DualEncoder, cfg: DictConfig, data: ClipDataModule) -> nn.Mod
     return _classifier(model, settings, data)
 
 
-def _classifier(model: DualEncoder, settings: dict, data: ClipDataModule) -> nn.Module:
+def _classifier(model: DualEncoder, settings: dict, data: ClipDataModule) -> Any:
     adapted = adapt(model, settings, Task(data.class_names, data.batches.tokenizer))
     if adapted.own_classes_only:
         for name, batches in data.zero_shot_sets.items():

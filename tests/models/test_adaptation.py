@@ -22,7 +22,9 @@ def learned(model: nn.Module) -> set[str]:
 def backward(model, family: str) -> None:
     model.train()
     outputs = model(*batch_for(model, family))
-    sum((output * torch.randn_like(output)).sum() for output in outputs if output.requires_grad).backward()
+    torch.stack(
+        [(output * torch.randn_like(output)).sum() for output in outputs if output.requires_grad]
+    ).sum().backward()
 
 
 @pytest.mark.parametrize("settings", [LORA, DORA], ids=["lora", "dora"])

@@ -1,8 +1,9 @@
 """Micro-batches with a frozen tower: the same gradients, and one encoding of each by that tower."""
 
 import pytest
+import torch
 
-from clip_train.losses import contrastive_loss
+from clip_train.losses import contrastive_loss, sigmoid_loss
 from clip_train.models.adaptation import adapt
 from clip_train.training.cached_gradients import cached_backward
 from clip_train.training.frozen_towers import encoding_once
@@ -56,6 +57,26 @@ def test_gradients_and_encodings(settings, image_encodings, text_encodings):
         assert (found[name] - gradient).norm() <= 1e-5 * (gradient.norm() + 1e-2), name
     assert calls == {"vision": image_encodings, "text": text_encodings}
     assert not {"forward"} & (vars(model.vision).keys() | vars(model.text).keys())
+
+
+@pytest.mark.parametrize("train_logit_scale", [False, True])
+def test_temperature_and_bias_of_the_sigmoid_loss(train_logit_scale):
+    model = adapt(build("siglip"), {**ADAPTER, "train_logit_scale": train_logit_scale}).train()
+    batch = batch_for(build("siglip"), "siglip", PAIRS)
+    cached_backward(
+        encoding_once(model),
+        sigmoid_loss,
+        model.logit_parameters(),
+        batch,
+        micro_batch_size=MICRO_BATCH,
+        backward=lambda scalar, last: scalar.backward(),
+    )
+    found = gradients(model)
+    assert ({"logit_scale", "logit_bias"} <= found.keys()) == train_logit_scale
+    model.zero_grad()
+    sigmoid_loss(*model(*batch), **model.logit_parameters()).backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-7)
 
 
 def test_another_batch_is_encoded_anew():
