@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 _IMAGE_POSITIONS = ("vision.trunk.pos_embed", "vision.trunk.head.pos_embed")
 _TEXT_POSITIONS = "text.trunk.embeddings.position_embedding.weight"
+_FEATURE_ADAPTERS = ("image_adapter.", "text_adapter.")
 _TOWERS = (
     ("image tower", ("vision.", "visual.", "vision_model.")),
     ("decoder", ("decoder.", "text_decoder.")),
@@ -40,12 +41,17 @@ def load_weights(model: DualEncoder, weights: Weights, name: str) -> None:
 
     Raises:
         ConfigError: weights are missing, unexpected, or of another shape, listed by tower; or they were trained with
-            another activation.
+            another activation; or there is a CLIP-Adapter among them.
     """
     expected = {
         key: value for key, value in model.state_dict().items() if weights.complete or key.startswith("vision.trunk.")
     }
     _check_activation(model, weights, name)
+    if any(key.startswith(_FEATURE_ADAPTERS) for key in weights.tensors):
+        raise ConfigError(
+            f"{name} has a CLIP-Adapter, which cannot be merged into the towers: it can be exported as"
+            " format=safetensors only, and trained on with resume="
+        )
     found = _with_bias_of(expected, weights.tensors, name)
     _fit_positions(model, expected, found, name)
     if differences := differences_by_tower(expected, found):

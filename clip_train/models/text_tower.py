@@ -113,6 +113,7 @@ def checkpoint_blocks(trunk: PreTrainedModel) -> None:
         enable({"use_reentrant": False})
     except ValueError as error:
         raise ConfigError(f"model.grad_checkpointing: {first_line(error)}; give false") from error
+    trunk.disable_input_require_grads()  # for the reentrant kind only; frozen blocks would keep activations
 
 
 def init_text_transformer(trunk: CLIPTextModel) -> None:

@@ -108,9 +108,12 @@ def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device)
 
 
 def refuse_batch_norm(model: nn.Module) -> None:
-    """Raises ConfigError if a tower normalises by the batch: its statistics would be those of the micro-batch."""
+    """Raises ConfigError if a tower normalises by the batch: its statistics would be those of the micro-batch.
+
+    One that is held still (`models/locking.py`) does not.
+    """
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
             raise ConfigError(
                 f"micro_batch_size: {name} is a batch norm, whose statistics would be those of a micro-batch:"
                 " leave micro_batch_size=null or choose a model with layer norm"

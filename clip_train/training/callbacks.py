@@ -9,6 +9,7 @@ import lightning as L
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from clip_train.checkpoints.base import Base
 from clip_train.checkpoints.mirror import Mirror
 from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.writer import CheckpointWriter
@@ -47,6 +48,7 @@ class RunPlan:
     """What is known of a run before its first step.
 
     Attributes:
+        base: what its checkpoints go onto; None where they hold all weights.
         checkpoint: what it goes on from; None for a fresh start.
         undone: the roll-back that led here, if one did.
     """
@@ -57,6 +59,7 @@ class RunPlan:
     data: ClipDataModule
     clock: Clock
     module: ClipModule
+    base: Base | None
     resume: Resume
     checkpoint: Checkpoint | None
     undone: RollBack | None
@@ -92,8 +95,7 @@ def make_callbacks(plan: RunPlan, rank_log: RankLog, console: Console) -> RunCal
     checkpointing = _checkpointing(plan, metrics)
     trial = TrialReport(folder.path, plan.world.rank, plan.clock.cadence(cfg.eval.every, "eval.every"), metrics)
     agreement = RankAgreement(bad_samples, [staging.retries, trial.vote, *checkpointing.votes])
-    decay = OmegaConf.select(cfg, "ema.decay")
-    average = None if decay is None else WeightAverage(decay)
+    average = None if cfg.ema.decay is None else WeightAverage(cfg.ema.decay)
     validation = _validation(plan, metrics, average, (checkpointing.after_evaluation, trial.after_evaluation))
     watchdog = Watchdog(folder.path / "stacks", *timeouts(cfg))
     start = _start(plan, rank_log, console)
@@ -171,6 +173,7 @@ def _checkpointing(plan: RunPlan, metrics: TrainMetrics) -> Checkpointing:
             "data": plan.data.describe_data(),
             "environment": environment(),
             "wandb_run_id": plan.folder.wandb_run_id,
+            **(plan.base.about() if plan.base else {}),
         },
         metrics=metrics,
     )

@@ -14,9 +14,11 @@ from torch import Tensor
 from clip_train.data.batches import Batch
 from clip_train.data.keyed_random import MODEL_NOISE, keyed_bits
 from clip_train.models import DualEncoder
+from clip_train.models.locking import fixed_names
 from clip_train.training.bad_step import clip_or_skip, restore_unless, running_statistics, telling_seed
 from clip_train.training.cached_gradients import cached_backward, refuse_batch_norm
 from clip_train.training.durations import Clock
+from clip_train.training.frozen_towers import encoding_once
 from clip_train.training.memory import explained_out_of_memory
 from clip_train.training.optimizer import build_optimizer, set_rates, with_settings_of
 from clip_train.training.schedule import COSINE, make_schedule
@@ -35,6 +37,7 @@ class ClipModule(L.LightningModule):
         seed: of the noise inside the model, if it has any.
         micro_batch_size: pairs per rank that go through the towers at once; None for all.
         schedule: the `schedule` group of the configs.
+        adapter_only: checkpoints hold only what training changes.
 
     Raises:
         ConfigError: the optimizer or the schedule refuses its settings.
@@ -55,6 +58,7 @@ class ClipModule(L.LightningModule):
         seed: int,
         micro_batch_size: int | None = None,
         schedule: Mapping = COSINE,
+        adapter_only: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False  # a step may have several backward passes
@@ -66,6 +70,8 @@ class ClipModule(L.LightningModule):
         self.clock = clock
         self.seed = seed
         self.micro_batch_size = micro_batch_size
+        self.adapter_only = adapter_only
+        self.strict_loading = not adapter_only
         self.samples_seen = self.skipped_samples = 0
         self.warmup_samples = clock.samples(optim["warmup"], "optim.warmup")
         self.schedule = make_schedule(schedule, clock, self.warmup_samples)
@@ -101,7 +107,7 @@ class ClipModule(L.LightningModule):
             self._synchronised_backward(loss, last=True)
             return loss.detach()
         return cached_backward(
-            self.model,
+            encoding_once(self.model),
             self.loss,
             self.model.logit_parameters(),
             inputs,
@@ -143,7 +149,16 @@ class ClipModule(L.LightningModule):
             optimizer, self.model.parameters(), self.optim["grad_clip"] or None
         )
 
+    def saved_weights(self) -> dict[str, Tensor]:
+        """The weights that checkpoints hold, by name."""
+        return self._saved(self.state_dict())
+
+    def _saved(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        fixed = fixed_names(self) if self.adapter_only else set()
+        return {name: weight for name, weight in weights.items() if name not in fixed}
+
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["state_dict"] = self._saved(checkpoint["state_dict"])
         checkpoint["samples_seen"], checkpoint["skipped_samples"] = self.samples_seen, self.skipped_samples
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:

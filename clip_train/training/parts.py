@@ -18,7 +18,7 @@ from torch import Tensor
 from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.data.tokenizer_choice import CaptionTokenizer, choose_tokenizer
 from clip_train.errors import ConfigError
-from clip_train.models import create_dual_encoder
+from clip_train.models import DualEncoder, create_dual_encoder
 from clip_train.models.dual_encoder import AnyTextTower
 from clip_train.models.text_config import TextConfig
 from clip_train.training.checkpointing import FolderCheckpointIO
@@ -29,19 +29,23 @@ from clip_train.training.launch import World
 from clip_train.training.module import ClipModule
 from clip_train.training.run_folder import RunFolder
 from clip_train.training.run_logger import RunLogger
-from clip_train.training.schedule import COSINE
 from clip_train.training.signals import keep_handlers
 from clip_train.training.watchdog import group_timeout
 
 log = logging.getLogger(__name__)
 
 
-def make_module(cfg: DictConfig, clock: Clock) -> ClipModule:
-    """The model and how it is trained."""
+def make_model(cfg: DictConfig) -> DualEncoder:
+    """The model with random weights, or those of its `pretrained` towers."""
+    return create_dual_encoder(**plain(cfg.model))
+
+
+def make_module(cfg: DictConfig, clock: Clock, model: Any, adapter_only: bool = False) -> ClipModule:
+    """The model, ready to be trained, and how it is trained."""
     micro_batch_size = None if cfg.micro_batch_size == "auto" else cfg.micro_batch_size
-    model = create_dual_encoder(**plain(cfg.model))
-    schedule = plain(cfg.schedule) if "schedule" in cfg else COSINE  # a config of before there was a choice
-    return ClipModule(model, make_loss(cfg), plain(cfg.optim), clock, cfg.seed, micro_batch_size, schedule)
+    return ClipModule(
+        model, make_loss(cfg), plain(cfg.optim), clock, cfg.seed, micro_batch_size, plain(cfg.schedule), adapter_only
+    )
 
 
 def open_data(cfg: DictConfig, world: World) -> ClipDataModule:

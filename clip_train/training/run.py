@@ -15,10 +15,19 @@ from clip_train.processes import die_with_parent
 from clip_train.training.callbacks import RunCallbacks, RunPlan, make_callbacks
 from clip_train.training.config_check import check_config
 from clip_train.training.durations import RUN_LENGTH_KEYS, Clock
+from clip_train.training.finetuning import load_base, prepare
 from clip_train.training.launch import World, find_world, started_by_lightning
-from clip_train.training.parts import check_tokenizer, make_loggers, make_module, make_trainer, open_data, plain
+from clip_train.training.parts import (
+    check_tokenizer,
+    make_loggers,
+    make_model,
+    make_module,
+    make_trainer,
+    open_data,
+    plain,
+)
 from clip_train.training.rank_log import start_rank_log
-from clip_train.training.resume import Resume, check_resumable, find_checkpoint, load_initial_weights
+from clip_train.training.resume import Resume, check_resumable, find_checkpoint
 from clip_train.training.rollback import RollBack, note_rollback, noted_rollback
 from clip_train.training.run_folder import RunFolder, default_run_name
 
@@ -85,17 +94,17 @@ def _plan(cfg: DictConfig, world: World, undone: RollBack | None) -> RunPlan:
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data = open_data(cfg, world)
     clock = Clock.of_run(cfg.batch_size, data.num_samples, **{key: cfg[key] for key in RUN_LENGTH_KEYS})
-    module = make_module(cfg, clock)
-    check_tokenizer(data.batches.tokenizer, module.model.text)
+    model = make_model(cfg)
+    check_tokenizer(data.batches.tokenizer, model.text)
     checkpoint = find_checkpoint(folder, resume)
+    base = load_base(model, cfg, checkpoint)
+    module = make_module(cfg, clock, prepare(model, cfg), adapter_only=base is not None)
     if checkpoint:
         about = {"config": plain(cfg), "data": data.describe_data(), "world_size": world.size}
-        check_resumable(checkpoint, resume, model=module.model, **about)
-    elif cfg.init_from:
-        load_initial_weights(module.model, str(cfg.init_from))
+        check_resumable(checkpoint, resume, module=module, **about)
     if resume.source != "never":
         undone = undone or noted_rollback(folder.rollback, checkpoint.path if checkpoint else None)
-    return RunPlan(cfg, world, folder, data, clock, module, resume, checkpoint, undone)
+    return RunPlan(cfg, world, folder, data, clock, module, base, resume, checkpoint, undone)
 
 
 def _fit(trainer: L.Trainer, plan: RunPlan) -> RollBack | None:
