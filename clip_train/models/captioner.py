@@ -52,6 +52,10 @@ class Captioner(DualEncoder):
         """Of the token that comes after each of a beginning of a caption, or after the `last` ones if that is not 0."""
         return self.decoder.logits(image_tokens, self.text(ids)[1], last)
 
+    def enable_grad_checkpointing(self) -> None:
+        super().enable_grad_checkpointing()
+        self.decoder.enable_grad_checkpointing()
+
     def forward(
         self, pixels: Pixels, ids: Int64[Tensor, "b context"]
     ) -> tuple[Float[Tensor, "b embed"], Float[Tensor, "b embed"], Float[Tensor, " b"], Int64[Tensor, " b"]]:

@@ -97,6 +97,15 @@ class DualEncoder(nn.Module):
         """Embeddings of images and texts."""
         return self.encode_image(pixels), self.encode_text(ids)
 
+    def enable_grad_checkpointing(self) -> None:
+        """Recompute each block's activations in backward instead of keeping them.
+
+        Raises:
+            ConfigError: a tower cannot.
+        """
+        self.vision.enable_grad_checkpointing()
+        self.text.enable_grad_checkpointing()
+
     def logit_parameters(self) -> dict[str, Float[Tensor, ""]]:
         """What the losses take besides features: the inverse temperature, and the bias if there is one."""
         parameters = {"logit_scale": self.logit_scale.exp()}
@@ -152,7 +161,7 @@ def create_dual_encoder(
         vision: `name` of a timm model, and what else `VisionTower` takes.
         text: entries of `TextConfig`.
         quick_gelu: activation of the image tower and of CLIP's text tower; OpenAI's weights need it.
-        grad_checkpointing: recompute both towers' blocks in backward.
+        grad_checkpointing: recompute the blocks in backward.
         resize_mode, interpolation: of the preparation of pictures, which is not done here.
         image_mean, image_std: normalisation of the pixels, for values in [0, 1].
         init_logit_scale: where the log of the inverse temperature starts.
@@ -177,8 +186,7 @@ def create_dual_encoder(
         towers = {"vision": vision, "text": TextConfig.of(text), "decoder": decoder}
         model = create_captioner(embed_dim, image_size, quick_gelu, **towers, settings=settings)
     if grad_checkpointing:
-        for part in model.children():
-            part.enable_grad_checkpointing()  # pyright: ignore[reportCallIssue]
+        model.enable_grad_checkpointing()
     return model
 
 

@@ -77,7 +77,7 @@ def parameter_groups(model: nn.Module, optim: Mapping[str, Any]) -> list[dict[st
     """
     towers = {name: optim.get(name) or {} for name in TOWERS}
     scales, fallback = _layer_scales(model, towers), optim.get("fallback")
-    hidden = set() if fallback is None else {p for part in model.children() for p in hidden_matrices(part)}
+    hidden = set() if fallback is None else _hidden_matrices(model)
     groups: dict[tuple, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -101,6 +101,11 @@ def _layer_scales(model: nn.Module, towers: Mapping[str, Mapping[str, Any]]) -> 
             last = max(numbers.values())
             scales |= {f"{name}.{parameter}": decay ** (last - number) for parameter, number in numbers.items()}
     return scales
+
+
+def _hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+    parts = [part for name, part in model.named_children() if name in (*TOWERS, "decoder")]
+    return {parameter for part in parts for parameter in hidden_matrices(part)}
 
 
 def _is_matrix(parameter: Tensor) -> bool:
