@@ -17,12 +17,20 @@ def _export(cfg: DictConfig) -> int:
 
     from clip_train.errors import ConfigError
     from clip_train.interop.exporting import export
+    from clip_train.interop.joining import WeightSource
 
     for key in ("weights", "output"):
         if cfg[key] is None:
             raise ConfigError(f"{key} has no value: give {key}=...")
     model = OmegaConf.to_container(cfg.model, resolve=True) if "model" in cfg else None
-    written = export(str(cfg.weights), Path(str(cfg.output)), str(cfg.format), model)  # pyright: ignore[reportArgumentType]
+    source = WeightSource(
+        str(cfg.weights),
+        ema=bool(cfg.ema),
+        base=cfg.base and str(cfg.base),
+        interpolate=cfg.interpolate and str(cfg.interpolate),
+        alpha=cfg.alpha,
+    )
+    written = export(source, Path(str(cfg.output)), str(cfg.format), model)  # pyright: ignore[reportArgumentType]
     print(f"wrote {written}")
     return EXIT_DONE
 

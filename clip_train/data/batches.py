@@ -3,11 +3,11 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
@@ -23,16 +23,16 @@ from clip_train.data.staging import Stager
 from clip_train.data.tokenizer_choice import CaptionTokenizer
 from clip_train.errors import DataError
 
-_MAX_CONSECUTIVE_BAD = 100
-_UNUSABLE = (UnusableImage, UnusableCaption, UnusableSample)
+MAX_CONSECUTIVE_BAD = 100
+UNUSABLE = (UnusableImage, UnusableCaption, UnusableSample)
 
 
 class BadSample(NamedTuple):
     """A sample that could not be used.
 
     Attributes:
-        kind: `image_unreadable`, `image_too_large`, `caption_empty`, `caption_not_utf8`, `caption_missing` or
-            `file_missing`.
+        kind: `image_unreadable`, `image_too_large`, `caption_empty`, `caption_not_utf8`, `caption_missing`,
+            `label_missing`, `label_not_a_number`, `label_out_of_range` or `file_missing`.
         shard: path or address.
         key: of the sample in its shard.
         reason: for people.
@@ -49,12 +49,16 @@ class Batch(TypedDict):
 
     `bad` tells of the samples that could not be used and were replaced; `error`, if not empty, says why none could be.
     It travels as data, because an exception in a loader's worker reaches one rank only and would leave the others
-    waiting. `names` are the samples' shards and numbers, if they were asked for; `seconds` is what each stage of
-    loading took; `retries` is how often the process that made it had to go on with a download since its last batch.
+    waiting. `label`, if the model asks for it, is the samples' classes; `features`, in place of pictures, is what its
+    tower made of them before. `names` are the samples' shards and numbers, if they were asked for; `seconds` is what
+    each stage of loading took; `retries` is how often the process that made it had to go on with a download since its
+    last batch.
     """
 
     image: UInt8[Tensor, "b 3 height width"]
     text: Int64[Tensor, "b context"]
+    label: NotRequired[Int64[Tensor, " b"]]
+    features: NotRequired[Float[Tensor, "b width"]]
     bad: list[BadSample]
     error: str
     names: list[str]
@@ -71,6 +75,7 @@ class TrainBatches(Dataset[Batch]):
         max_image_pixels: larger images are bad samples.
         word_dropout: share of a caption's words that are left out.
         with_names: whether batches tell their samples' names.
+        with_labels: whether batches tell their samples' classes; a sample without one is a bad sample.
         stager: asked how often it had to go on with a download; None for local shards.
     """
 
@@ -86,6 +91,7 @@ class TrainBatches(Dataset[Batch]):
     max_image_pixels: int = MAX_IMAGE_PIXELS
     word_dropout: float = 0.0
     with_names: bool = False
+    with_labels: bool = False
     stager: Stager | None = None
 
     def __getitem__(self, start: int) -> Batch:
@@ -103,13 +109,15 @@ class TrainBatches(Dataset[Batch]):
         try:
             self.reader.will_need(zip(shards, samples))
             clock.lap("read")
-            captions, used = self._fill(image.numpy(), positions, zip(shards, samples), bad, clock)
-            names = [self.reader.name(*sample) for sample in zip(shards, used)] if self.with_names else []
+            texts = self._fill(image.numpy(), positions, zip(shards, samples), bad, clock)
+            used = zip(shards, [text.number for text in texts])
+            names = [self.reader.name(*sample) for sample in used] if self.with_names else []
         except DataError as error:
             return failed(str(error), bad)
-        text = self._tokens(captions, positions)
+        ids = self._tokens([text.caption for text in texts], positions)
         clock.lap("tokenize")
-        return assemble(image, text, bad, names, clock.seconds)
+        labels = [text.label for text in texts] if self.with_labels else None
+        return assemble(image, ids, bad, names, clock.seconds, labels)
 
     def _fill(
         self,
@@ -118,45 +126,44 @@ class TrainBatches(Dataset[Batch]):
         samples: Iterable[tuple[int, int]],
         bad: list[BadSample],
         clock: StageClock,
-    ) -> tuple[list[str], list[int]]:
-        """Make the pictures; returns the captions, and the numbers in their shards of the samples that were used."""
+    ) -> list["_Text"]:
+        """Make the pictures; returns what else the samples say that were used."""
         draws = keyed_uniforms(AUGMENTATION, self.order.seed, positions, count=self.augmentation.num_draws).tolist()
         choices = keyed_uniforms(CAPTION_CHOICE, self.order.seed, positions, count=1)[:, 0].tolist()
-        captions, used = [], []
+        texts = []
         for (shard, sample), out, draw, choice in zip(samples, pixels, draws, choices):
             clock.lap("collate")
-            crop, caption, number = self._usable(shard, sample, draw, choice, bad, clock)
+            crop, text = self._usable(shard, sample, draw, choice, bad, clock)
             self.augmentation.finish(crop, draw, out)
             clock.lap("augment")
-            captions.append(caption)
-            used.append(number)
-        return captions, used
+            texts.append(text)
+        return texts
 
     def _usable(
         self, shard: int, sample: int, draws: list[float], choice: float, bad: list[BadSample], clock: StageClock
-    ) -> tuple[Pixels, str, int]:
-        """Crop, caption and number of the sample, or of the next usable one in its shard; then it goes to `bad`."""
+    ) -> tuple[Pixels, "_Text"]:
+        """Crop and text of the sample, or of the next usable one in its shard; then it goes to `bad`."""
         count = self.reader.counts[shard]
         reason: Exception | None = None
         first = sample
-        for step in range(min(count, _MAX_CONSECUTIVE_BAD)):
+        for step in range(min(count, MAX_CONSECUTIVE_BAD)):
             number = (first + step) % count
             try:
                 pair = self.reader.read(shard, number)
-                caption = pair.caption(choice)
+                text = _Text(pair.caption(choice), pair.label() if self.with_labels else -1, number)
                 clock.lap("read")
                 image = EncodedImage(pair.image, self.max_image_pixels)
                 crop = self.augmentation.crop(image, self.image_size, draws, fast=self.decode == "fast")
                 clock.lap("decode")
-                return crop, caption, number
-            except _UNUSABLE as error:
+                return crop, text
+            except UNUSABLE as error:
                 reason = error
                 if step == 0:
                     name, key = self.reader.shard_names[shard], self.reader.key(shard, sample)
                     bad.append(BadSample(error.kind, name, key, str(error)))
                 if isinstance(error, UnusableSample):
                     first = -step - 1  # the shard is shorter than it was said to be: go on from its beginning
-        name, tried = self.reader.name(shard, sample), min(count, _MAX_CONSECUTIVE_BAD)
+        name, tried = self.reader.name(shard, sample), min(count, MAX_CONSECUTIVE_BAD)
         raise DataError(f"{tried} unusable samples in a row, from {name} on ({reason})")
 
     def _tokens(self, captions: list[str], positions: np.ndarray) -> Int64[np.ndarray, "b context"]:
@@ -165,6 +172,14 @@ class TrainBatches(Dataset[Batch]):
             draws = keyed_uniforms(WORD_DROPOUT, seed, positions, count=1)[:, 0].tolist()
             captions = [drop_words(caption, self.word_dropout, draw) for caption, draw in zip(captions, draws)]
         return self.tokenizer(captions, keyed_uniforms(LONG_CAPTION, seed, positions, count=1)[:, 0])
+
+
+class _Text(NamedTuple):
+    """Of a sample, its caption, its class, and its number in the shard."""
+
+    caption: str
+    label: int
+    number: int
 
 
 def pixel_buffer(count: int, size: int) -> UInt8[Tensor, "count size size 3"]:
@@ -182,11 +197,15 @@ def assemble(
     bad: Sequence[BadSample] = (),
     names: Sequence[str] = (),
     seconds: Mapping[str, float] | None = None,
+    labels: Sequence[int] | None = None,
 ) -> Batch:
     """A batch of what is usable. The pictures become a view: channels last, as the files have them."""
     image, text = pixels.permute(0, 3, 1, 2), torch.from_numpy(ids)
     names, seconds = list(names), dict(seconds or {})
-    return Batch(image=image, text=text, bad=list(bad), error="", names=names, seconds=seconds, retries=0)
+    batch = Batch(image=image, text=text, bad=list(bad), error="", names=names, seconds=seconds, retries=0)
+    if labels is not None:
+        batch["label"] = torch.tensor(labels, dtype=torch.int64)
+    return batch
 
 
 def failed(error: str, bad: Sequence[BadSample] = ()) -> Batch:

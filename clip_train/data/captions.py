@@ -6,47 +6,55 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from clip_train.data.class_names import LABEL_EXTENSION, ClassNames
 from clip_train.data.keyed_random import WORD_DROPOUT, keyed_uniforms
 from clip_train.errors import ConfigError
 
 CaptionFault = Literal["caption_missing", "caption_not_utf8", "caption_empty"]
+LabelFault = Literal["label_missing", "label_not_a_number", "label_out_of_range"]
 
 
 class UnusableCaption(ValueError):
-    """A sample without a caption one could train on.
+    """A sample without a caption or label one could train on.
 
     Attributes:
         kind: what is wrong, in a word to count by.
     """
 
-    def __init__(self, message: str, kind: CaptionFault) -> None:
+    def __init__(self, message: str, kind: CaptionFault | LabelFault) -> None:
         super().__init__(message)
-        self.kind: CaptionFault = kind
+        self.kind: CaptionFault | LabelFault = kind
 
 
 @dataclass(frozen=True)
 class CaptionKey:
-    """`txt` is the text of the file with that extension; `json:a.b` the entry b of the entry a of its JSON."""
+    """`txt` is the text of the file with that extension; `json:a.b` the entry b of the entry a of its JSON.
+
+    With `classes`, the file is the number of a class, whose captions are its name in their templates.
+    """
 
     extension: str
     path: tuple[str, ...] = ()
+    classes: ClassNames | None = None
 
     @classmethod
-    def parse(cls, key: str) -> "CaptionKey":
-        """Raises ConfigError for a key of neither form."""
+    def parse(cls, key: str, classes: ClassNames | None = None) -> "CaptionKey":
+        """Raises ConfigError for a key of neither form. The class names are for the key `cls`."""
         extension, colon, path = key.partition(":")
         if not extension or (colon and not path) or (colon and extension != "json"):
             raise ConfigError(
                 f"caption_key={key!r} is neither an extension such as txt nor a path such as json:captions"
             )
-        return cls(extension, tuple(path.split(".")) if path else ())
+        return cls(extension, tuple(path.split(".")) if path else (), classes if extension == LABEL_EXTENSION else None)
 
     def read(self, content: bytes) -> list[str]:
         """The captions of one sample: one, or several of which each epoch draws one.
 
         Raises:
-            UnusableCaption: not UTF-8, not JSON, no such entry, no text in it.
+            UnusableCaption: not UTF-8, not JSON, no such entry, no text in it; with class names, not a label.
         """
+        if self.classes is not None:
+            return self.classes.captions(read_label(content, len(self.classes)))
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -84,8 +92,11 @@ class CaptionSource:
     shares: tuple[float, ...]
 
     @classmethod
-    def parse(cls, config: str | Mapping[str, float]) -> "CaptionSource":
-        """`txt`, `json:captions`, or several with their weights, `{txt: 0.7, json:synthetic: 0.3}`.
+    def parse(cls, config: str | Mapping[str, float], classes: ClassNames | None = None) -> "CaptionSource":
+        """`txt`, `json:captions`, `cls`, or several with their weights, `{txt: 0.7, json:synthetic: 0.3}`.
+
+        Args:
+            classes: what the numbers in `cls` files stand for.
 
         Raises:
             ConfigError: a key of neither form, or a weight that is not a positive number.
@@ -99,13 +110,24 @@ class CaptionSource:
                 raise ConfigError(f"caption_key: {key} has the weight {weight}, which is not a positive number{hint}")
         heaviest_first = sorted(weights.items(), key=lambda item: -item[1])
         total = sum(weights.values())
-        keys = tuple(CaptionKey.parse(key) for key, _ in heaviest_first)
+        keys = tuple(CaptionKey.parse(key, classes) for key, _ in heaviest_first)
         return cls(keys, tuple(weight / total for _, weight in heaviest_first))
 
     @property
     def extensions(self) -> tuple[str, ...]:
         """Of the files to read. A sample that has one of them has a caption."""
         return tuple(dict.fromkeys(key.extension for key in self.keys))
+
+    @property
+    def classes(self) -> ClassNames | None:
+        """Of the samples' labels; None where no key is `cls`."""
+        return next((key.classes for key in self.keys if key.classes is not None), None)
+
+    def label(self, files: Mapping[str, bytes]) -> int:
+        """The sample's class; for a source that has `classes`. Raises UnusableCaption if it tells none."""
+        if LABEL_EXTENSION not in files:
+            raise UnusableCaption(f"no {LABEL_EXTENSION} file", "label_missing")
+        return read_label(files[LABEL_EXTENSION], len(self.classes or ()))
 
     def draw(self, files: Mapping[str, bytes], uniform: float) -> str:
         """A caption by chance: the key by weight, and one of its captions if it has several.
@@ -131,6 +153,22 @@ class CaptionSource:
     def first(self, files: Mapping[str, bytes]) -> str:
         """The first caption of the heaviest key that has one, for evaluation. Raises UnusableCaption as `draw`."""
         return _first_readable(self.keys, files)[0]
+
+
+def read_label(content: bytes, num_classes: int) -> int:
+    """The number of a class, as text.
+
+    Raises:
+        UnusableCaption: it is empty, not a whole number, or there is no such class.
+    """
+    text = content.decode("utf-8", "replace").strip()
+    if not text:
+        raise UnusableCaption(f"empty {LABEL_EXTENSION} file", "label_missing")
+    if not text.removeprefix("-").isdecimal():
+        raise UnusableCaption(f"the label {text[:40]!r} is not a whole number", "label_not_a_number")
+    if not 0 <= int(text[:20]) < num_classes:
+        raise UnusableCaption(f"the label {text[:40]} is none of 0 to {num_classes - 1}", "label_out_of_range")
+    return int(text)
 
 
 def _first_readable(keys: Sequence[CaptionKey], files: Mapping[str, bytes]) -> list[str]:

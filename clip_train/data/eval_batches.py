@@ -8,10 +8,10 @@ from itertools import pairwise
 import numpy as np
 from torch.utils.data import Dataset
 
-from clip_train.data.batches import Batch, assemble, failed, pixel_buffer
+from clip_train.data.batches import UNUSABLE, BadSample, Batch, assemble, failed, pixel_buffer
 from clip_train.data.captions import UnusableCaption
 from clip_train.data.decoding import MAX_IMAGE_PIXELS, Pixels, UnusableImage
-from clip_train.data.pairs import PairReader, UnusableSample
+from clip_train.data.pairs import Pair, PairReader, UnusableSample
 from clip_train.data.preprocessing import preprocess
 from clip_train.data.tokenizer_choice import CaptionTokenizer
 from clip_train.errors import DataError
@@ -19,7 +19,12 @@ from clip_train.errors import DataError
 
 @dataclass(frozen=True)
 class EvalBatches(Dataset[Batch]):
-    """Slices of a validation set: fixed crop, first caption. A sample that cannot be used is an error."""
+    """Slices of a validation set: fixed crop, first caption. A sample that cannot be used is an error.
+
+    Attributes:
+        with_labels: whether batches tell their samples' classes.
+        keep_bad: a sample that cannot be used is no error: its label is -1, and `bad` tells of it.
+    """
 
     reader: PairReader
     tokenizer: CaptionTokenizer
@@ -27,28 +32,43 @@ class EvalBatches(Dataset[Batch]):
     resize_mode: str = "shortest"
     interpolation: str = "bicubic"
     max_image_pixels: int = MAX_IMAGE_PIXELS
+    with_labels: bool = False
+    keep_bad: bool = False
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
-        pixels, captions = pixel_buffer(len(indices), self.image_size), []
+        pixels, captions, labels, bad = pixel_buffer(len(indices), self.image_size), [], [], []
         try:
             for index, out in zip(indices, pixels.numpy()):
-                out[:], caption = self.picture_and_caption(index)
+                try:
+                    pair = self.reader.read(*self._locate(index))
+                    out[:], caption = self._picture(pair), pair.first_caption()
+                    label = pair.label() if self.with_labels else -1
+                except UNUSABLE as error:
+                    if not self.keep_bad:
+                        name = self.reader.name(*self._locate(index))
+                        return failed(f"validation sample {name} cannot be used: {error}")
+                    bad.append(self._bad(index, error))
+                    out[:], caption, label = 0, "", -1
                 captions.append(caption)
-        except (UnusableImage, UnusableCaption, UnusableSample) as error:
-            name = self.reader.name(*self._locate(indices[len(captions)]))
-            return failed(f"validation sample {name} cannot be used: {error}")
+                labels.append(label)
         except DataError as error:
             return failed(str(error))
-        return assemble(pixels, self.tokenizer(captions))
+        return assemble(pixels, self.tokenizer(captions), bad, labels=labels if self.with_labels else None)
+
+    def _bad(self, index: int, error: UnusableImage | UnusableCaption | UnusableSample) -> BadSample:
+        shard, sample = self._locate(index)
+        return BadSample(error.kind, self.reader.shard_names[shard], self.reader.key(shard, sample), str(error))
 
     def picture_and_caption(self, index: int) -> tuple[Pixels, str]:
         """One sample. Raises UnusableImage, UnusableCaption, UnusableSample or DataError."""
         pair = self.reader.read(*self._locate(index))
-        pixels = preprocess(pair.image, self.image_size, self.resize_mode, self.interpolation, self.max_image_pixels)
-        return pixels, pair.first_caption()
+        return self._picture(pair), pair.first_caption()
+
+    def _picture(self, pair: Pair) -> Pixels:
+        return preprocess(pair.image, self.image_size, self.resize_mode, self.interpolation, self.max_image_pixels)
 
     def _locate(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, index, side="right"))

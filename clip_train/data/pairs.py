@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from clip_train.data.captions import CaptionSource, UnusableCaption
+from clip_train.data.class_names import ClassNames
 from clip_train.data.index import ABSENT, ShardIndex
 from clip_train.errors import DataError
 
@@ -63,6 +64,10 @@ class Pair(NamedTuple):
         """The one evaluation takes. Raises UnusableCaption."""
         return self.captions.first(self.files)
 
+    def label(self) -> int:
+        """Its class, if the reader has class names. Raises UnusableCaption."""
+        return self.captions.label(self.files)
+
 
 class _Keys(NamedTuple):
     """Which files of a sample matter, and where in the config that is said."""
@@ -91,6 +96,7 @@ class PairReader:
         image_key: extensions that hold the image, `;` between them; the first that a sample has is taken.
         caption_key: see `CaptionSource`.
         setting: where the two keys are in the config, for errors.
+        classes: what the numbers in `cls` files stand for, for the caption key `cls`.
 
     Raises:
         DataError: a shard has no images or no captions under these keys.
@@ -102,8 +108,9 @@ class PairReader:
         image_key: str,
         caption_key: str | Mapping[str, float],
         setting: str = "data",
+        classes: ClassNames | None = None,
     ) -> None:
-        keys = _Keys(image_key.split(";"), CaptionSource.parse(caption_key), caption_key, setting)
+        keys = _Keys(image_key.split(";"), CaptionSource.parse(caption_key, classes), caption_key, setting)
         self._shards = list(shards)
         self._keys = [keys] * len(self._shards)
         self.counts = [_count(shard, keys) for shard in self._shards]
@@ -141,6 +148,11 @@ class PairReader:
 
     def __len__(self) -> int:
         return sum(self.counts)
+
+    @property
+    def classes(self) -> list[ClassNames | None]:
+        """What the labels stand for, of each source that differs in it; None for one without labels."""
+        return list(dict.fromkeys(keys.captions.classes for keys in self._keys))
 
     def read(self, shard: int, sample: int) -> Pair:
         """Read one pair.

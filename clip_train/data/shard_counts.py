@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
+from clip_train.data.beside import read_if_there, sibling
 from clip_train.data.index import cached_count
-from clip_train.data.remote import open_remote, scheme_of
-from clip_train.data.retries import is_permanent, with_retries
+from clip_train.data.remote import scheme_of
 from clip_train.data.shard_cache import copy_path
 from clip_train.errors import DataError
 
@@ -36,7 +36,7 @@ def remote_counts(
     unknown: dict[str, list[str]] = {}
     for url in urls:
         if scheme_of(url) not in (None, "pipe"):
-            unknown.setdefault(_sibling(url, "sizes.json"), []).append(url)
+            unknown.setdefault(sibling(url, "sizes.json"), []).append(url)
     with ThreadPoolExecutor(_THREADS) as pool:
 
         def read(url: str) -> Any:
@@ -53,7 +53,7 @@ def remote_counts(
             shards = [url for url in folder if counts[url] is None]
             # A folder has such files for all shards or for none: ask for one before asking for thousands.
             for group in (shards[:1], shards[1:]):
-                files = [_sibling(url, f"{_name(url).removesuffix('.tar')}_stats.json") for url in group]
+                files = [sibling(url, f"{_name(url).removesuffix('.tar')}_stats.json") for url in group]
                 for url, file, stats in zip(group, files, pool.map(read, files)):
                     counts[url] = _count(stats, "successes", file)
                 if all(counts[url] is None for url in group):
@@ -64,12 +64,6 @@ def remote_counts(
 
 def _name(url: str) -> str:
     return os.path.basename(urlsplit(url).path)
-
-
-def _sibling(url: str, name: str) -> str:
-    """Another file in the same folder; a query, such as an access token, stays."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(path=os.path.join(os.path.dirname(parts.path), name)))
 
 
 def _count(table: Any, key: str, file: str) -> int | None:
@@ -83,18 +77,8 @@ def _count(table: Any, key: str, file: str) -> int | None:
 
 
 def _read_json(url: str, retries: int, timeout: float) -> Any:
-    """The content of a small file; None if it is not there, or access is denied, as buckets say that do not list."""
-
-    def attempt() -> bytes | None:
-        try:
-            with open_remote(url, timeout) as stream:
-                return b"".join(stream.chunks)
-        except Exception as error:
-            if is_permanent(error):
-                return None
-            raise
-
-    content = with_retries(attempt, url, retries)
+    """The content of a small file; None if it is not there."""
+    content = read_if_there(url, retries, timeout)
     try:
         return None if content is None else json.loads(content)
     except ValueError:  # web servers that answer a missing file with a page

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import TypeVar
 
+from clip_train.data.class_names import LABEL_EXTENSION, ClassNames
 from clip_train.data.index import ShardIndex
 from clip_train.data.mixture import Mixture
 from clip_train.data.order import SampleOrder
@@ -13,6 +14,7 @@ from clip_train.errors import ConfigError, DataError
 
 CaptionKeys = str | Mapping[str, float]
 OpenShards = Callable[[str], Sequence[ShardIndex | RemoteShard]]
+FindClasses = Callable[[str | None, str], ClassNames]
 Value = TypeVar("Value")
 
 
@@ -22,6 +24,8 @@ def open_sources(
     caption_key: CaptionKeys | Sequence[CaptionKeys],
     open_shards: OpenShards,
     setting: str,
+    classes: str | Sequence[str | None] | None = None,
+    find_classes: FindClasses | None = None,
 ) -> dict[str, PairReader]:
     """A reader for each source, by name.
 
@@ -30,6 +34,8 @@ def open_sources(
         image_key, caption_key: one for all sources, or a list with one for each.
         open_shards: from a pattern to its shards.
         setting: where the keys are in the config, for errors.
+        classes: where the class names are, for sources with the caption key `cls`; None is beside their shards.
+        find_classes: from that and the first shard to the class names; None is for sets without labels.
 
     Raises:
         ConfigError: a list that is not as long as there are sources.
@@ -38,11 +44,18 @@ def open_sources(
     patterns = split_sources(shards)
     images = _for_each(image_key, patterns, f"{setting}.image_key")
     captions = _for_each(caption_key, patterns, f"{setting}.caption_key")
-    names = _names(patterns)
-    return {
-        name: PairReader(open_shards(pattern), image, caption, setting)
-        for name, pattern, image, caption in zip(names, patterns, images, captions)
-    }
+    places = [None] * len(patterns) if classes is None else _for_each(classes, patterns, f"{setting}.classes")
+    readers = {}
+    for name, pattern, image, caption, place in zip(_names(patterns), patterns, images, captions, places):
+        opened = open_shards(pattern)
+        found = find_classes(place, opened[0].shard) if find_classes and has_labels(caption) else None
+        readers[name] = PairReader(opened, image, caption, setting, found)
+    return readers
+
+
+def has_labels(caption_key: CaptionKeys) -> bool:
+    """Whether captions are made of labels, so that there must be class names."""
+    return LABEL_EXTENSION in ([caption_key] if isinstance(caption_key, str) else caption_key)
 
 
 def order_sources(

@@ -8,6 +8,7 @@ from typing import Any
 from clip_train.checkpoints.folder import whole_folder
 from clip_train.errors import ConfigError
 from clip_train.interop.hugging_face_folder import write_hugging_face_folder
+from clip_train.interop.joining import WeightSource
 from clip_train.interop.model_card import model_card
 from clip_train.interop.model_source import ModelSource, open_model
 from clip_train.interop.onnx_towers import write_onnx_folder
@@ -25,11 +26,11 @@ _FOLDERS: dict[str, Callable[[ModelSource, Path], None]] = {
 FORMATS = ("safetensors", *_FOLDERS, "openai")
 
 
-def export(weights: str, output: Path, format: str, model: Mapping[str, Any] | None = None) -> str:
+def export(weights: str | WeightSource, output: Path, format: str, model: Mapping[str, Any] | None = None) -> str:
     """Write a model for other programs, whole or not at all.
 
     Args:
-        weights: what `read_weights` takes.
+        weights: where to take them from, or what `read_weights` takes.
         output: a file for `safetensors` and `openai`, else a folder that does not exist yet.
         format: one of `FORMATS`.
         model: the `model` config; None for that of a checkpoint of ours.

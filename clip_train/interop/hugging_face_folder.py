@@ -15,6 +15,7 @@ from clip_train.interop import hugging_face
 from clip_train.interop.architecture import patched_image, vision_transformer_size
 from clip_train.interop.model_source import ModelSource
 from clip_train.interop.tokenizer_files import write_tokenizer
+from clip_train.models.captioner import Captioner
 
 _OTHERS = "take format=open_clip, safetensors or onnx"
 _RESAMPLE = {"bicubic": 3, "bilinear": 2}  # Pillow's numbers
@@ -28,6 +29,8 @@ def write_hugging_face_folder(source: ModelSource, folder: Path) -> None:
     """
     from transformers import CLIPModel, SiglipModel
 
+    if isinstance(source.model, Captioner):
+        raise ConfigError(f"transformers has no CoCa: {_OTHERS}")
     tensors = hugging_face.from_ours(source.model.state_dict())
     config = _siglip_config(source) if "vision_model.head.probe" in tensors else _clip_config(source)
     model_class: Any = SiglipModel if config.model_type == "siglip" else CLIPModel

@@ -5,19 +5,27 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clip_train.checkpoints.choice import weight_differences
 from clip_train.errors import ConfigError
 from clip_train.interop.reading import Weights
 from clip_train.models import DualEncoder
+from clip_train.models.captioner import Captioner
 from clip_train.models.positions import resize_image_positions, stretch_text_positions
 
 log = logging.getLogger(__name__)
 
 _IMAGE_POSITIONS = ("vision.trunk.pos_embed", "vision.trunk.head.pos_embed")
 _TEXT_POSITIONS = "text.trunk.embeddings.position_embedding.weight"
-_TOWERS = (("image tower", ("vision.", "visual.", "vision_model.")), ("text tower", ("text",)), ("logits", ("logit_",)))
+_FEATURE_ADAPTERS = ("image_adapter.", "text_adapter.")
+_TOWERS = (
+    ("image tower", ("vision.", "visual.", "vision_model.")),
+    ("decoder", ("decoder.", "text_decoder.")),
+    ("text tower", ("text",)),
+    ("logits", ("logit_",)),
+)
 
 
 def load_weights(model: DualEncoder, weights: Weights, name: str) -> None:
@@ -33,12 +41,17 @@ def load_weights(model: DualEncoder, weights: Weights, name: str) -> None:
 
     Raises:
         ConfigError: weights are missing, unexpected, or of another shape, listed by tower; or they were trained with
-            another activation.
+            another activation; or there is a CLIP-Adapter among them.
     """
     expected = {
         key: value for key, value in model.state_dict().items() if weights.complete or key.startswith("vision.trunk.")
     }
     _check_activation(model, weights, name)
+    if any(key.startswith(_FEATURE_ADAPTERS) for key in weights.tensors):
+        raise ConfigError(
+            f"{name} has a CLIP-Adapter, which cannot be merged into the towers: it can be exported as"
+            " format=safetensors only, and trained on with resume="
+        )
     found = _with_bias_of(expected, weights.tensors, name)
     _fit_positions(model, expected, found, name)
     if differences := differences_by_tower(expected, found):
@@ -98,7 +111,9 @@ def _fit_positions(model: DualEncoder, expected: Mapping[str, Tensor], found: di
             log.info("%s: %d positions of images interpolated to %d x %d patches", name, count - prefix, *grid)
     if _other_length(expected, found, _TEXT_POSITIONS):
         count, length = len(found[_TEXT_POSITIONS]), len(expected[_TEXT_POSITIONS])
-        found[_TEXT_POSITIONS] = stretch_text_positions(found[_TEXT_POSITIONS].float(), length)
+        own = 1 if isinstance(model, Captioner) else 0  # the position of its token at the end stays
+        words, last = found[_TEXT_POSITIONS].float().split([count - own, own])
+        found[_TEXT_POSITIONS] = torch.cat([stretch_text_positions(words, length - own), last])
         log.info("%s: %d positions of texts %s %d", name, count, "stretched to" if length > count else "cut to", length)
 
 

@@ -8,8 +8,8 @@ import torch
 
 from clip_train.checkpoints.folder import Manifest
 from clip_train.errors import ConfigError
+from clip_train.interop.joining import WeightSource, from_scratch, read_source
 from clip_train.interop.loading import load_weights
-from clip_train.interop.reading import read_weights
 from clip_train.models import DualEncoder, create_dual_encoder
 
 
@@ -56,31 +56,23 @@ class ModelSource:
         return self.config.get("interpolation", "bicubic")
 
 
-def open_model(weights: str, config: Mapping[str, Any] | None) -> ModelSource:
+def open_model(weights: str | WeightSource, config: Mapping[str, Any] | None) -> ModelSource:
     """Read weights in any layout into the model they are of.
 
     Args:
-        weights: what `read_weights` takes.
+        weights: where to take them from, or what `read_weights` takes.
         config: the `model` config; None for the one that a checkpoint of ours was trained with.
 
     Raises:
         ConfigError: the weights cannot be read, do not fit, or their model is not known.
     """
-    found = read_weights(weights, "weights")
+    source = WeightSource.of(weights)
+    found, name = read_source(source), f"weights={source.weights}"
     config = config or (found.manifest.about.get("config", {}).get("model") if found.manifest else None)
     if config is None:
-        raise ConfigError(f"weights={weights}: of which model? It is no checkpoint of ours; give model=vit_b_32 or so")
+        raise ConfigError(f"{name}: of which model? It is no checkpoint of ours; give model=vit_b_32 or so")
     if "logit_bias" in found.tensors and config.get("init_logit_bias") is None:
         config = {**config, "init_logit_bias": 0.0}
-    model = create_dual_encoder(**_from_scratch(config))
-    load_weights(model, found, f"weights={weights}")
-    return ModelSource(model.eval().requires_grad_(False).to(torch.float32), config, weights, found.manifest)
-
-
-def _from_scratch(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config without weights that a tower would fetch first."""
-    towers = {
-        tower: {key: value for key, value in config[tower].items() if key != "pretrained"}
-        for tower in ("vision", "text")
-    }
-    return {**config, **towers, "grad_checkpointing": False}
+    model = create_dual_encoder(**from_scratch(config))
+    load_weights(model, found, name)
+    return ModelSource(model.eval().requires_grad_(False).to(torch.float32), config, source.weights, found.manifest)

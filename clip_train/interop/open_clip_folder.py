@@ -1,6 +1,7 @@
 """A model as a folder that open_clip loads with `local-dir:`: config, weights, and a tokenizer that is not CLIP's."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,13 @@ from clip_train.interop import open_clip
 from clip_train.interop.architecture import TransformerSize, patched_image, text_size, vision_transformer_size
 from clip_train.interop.model_source import ModelSource
 from clip_train.interop.tokenizer_files import write_tokenizer
+from clip_train.models.attentional_pooler import PooledVisionTower
+from clip_train.models.captioner import Captioner
+from clip_train.models.decoder import Block
 from clip_train.models.text_config import TextConfig
 
 _OTHERS = "take format=safetensors or onnx"
+_SAME_NAMES = {"logit_scale", "logit_bias", "text.cls_emb"}
 _NORM_EPS = 1e-5  # open_clip's, unless its config says another
 # Options of a timm model that training sees, or that are said elsewhere in open_clip's config.
 _HARMLESS = {"num_classes", "weight_init", "fix_init"}
@@ -28,7 +33,7 @@ def write_open_clip_folder(source: ModelSource, folder: Path) -> None:
     """
     weights = source.model.state_dict()
     tensors = open_clip.from_ours(weights)
-    if left := sorted(tensors.keys() & (weights.keys() - {"logit_scale", "logit_bias"})):
+    if left := sorted(tensors.keys() & (weights.keys() - _SAME_NAMES)):
         raise ConfigError(f"open_clip's models have no counterpart of {left[0]} (and {len(left) - 1} more): {_OTHERS}")
     config = {"model_cfg": model_config(source), "preprocess_cfg": _preprocess_config(source)}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -61,6 +66,8 @@ def model_config(source: ModelSource) -> dict[str, Any]:
         config["quick_gelu"] = True
     if text_kind == "custom":
         config["custom_text"] = True
+    if isinstance(source.model, Captioner):
+        config["multimodal_cfg"] = _multimodal_config(source.model, config["text_cfg"])
     if source.model.logit_bias is not None:
         config["init_logit_bias"] = float(source.model.logit_bias)
     return config
@@ -70,6 +77,27 @@ def _vision_transformer_config(source: ModelSource, quick_gelu: bool) -> dict[st
     trunk = source.model.vision.trunk
     if not isinstance(trunk, VisionTransformer) or trunk.global_pool != "token":
         raise ConfigError(f"open_clip's vision transformer takes the class token, {source.vision_name} not: {_OTHERS}")
+    return _vision_transformer_size(trunk, quick_gelu)
+
+
+def _pooled_vision_transformer_config(source: ModelSource, quick_gelu: bool) -> dict[str, Any]:
+    tower = source.model.vision
+    assert isinstance(tower, PooledVisionTower) and isinstance(tower.trunk, VisionTransformer)
+    config = _vision_transformer_size(tower.trunk, quick_gelu)
+    if not tower.trunk.has_class_token or "norm_kwargs" in config:
+        raise ConfigError(
+            f"open_clip's CoCa has a class token and norms of its own, {source.vision_name} not: {_OTHERS}"
+        )
+    return {
+        **config,
+        "attentional_pool": True,
+        "attn_pooler_queries": len(tower.pooler.query),
+        "attn_pooler_heads": tower.pooler.attn.num_heads,
+        "output_tokens": True,
+    }
+
+
+def _vision_transformer_size(trunk: VisionTransformer, quick_gelu: bool) -> dict[str, Any]:
     size, image = vision_transformer_size(trunk), patched_image(trunk)
     if (size.activation == "quick_gelu") != quick_gelu:
         raise ConfigError(f"open_clip's towers have QuickGELU both or neither: {_OTHERS}")
@@ -130,7 +158,12 @@ def _timm_config(source: ModelSource, quick_gelu: bool) -> dict[str, Any]:
     }
 
 
-_VISION_CONFIGS = {"clip": _vision_transformer_config, "resnet": _resnet_config, "timm": _timm_config}
+_VISION_CONFIGS = {
+    "clip": _vision_transformer_config,
+    "pooled": _pooled_vision_transformer_config,
+    "resnet": _resnet_config,
+    "timm": _timm_config,
+}
 
 
 def _text_config(source: ModelSource, size: TransformerSize) -> dict[str, Any]:
@@ -143,6 +176,8 @@ def _text_config(source: ModelSource, size: TransformerSize) -> dict[str, Any]:
         "heads": size.heads,
         **_block_config(size),
     }
+    if isinstance(source.model, Captioner):
+        config |= {"context_length": source.model.text.context_length, "embed_cls": True, "output_tokens": True}
     if trunk.config.model_type == "siglip_text_model":
         config |= {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
     if TextConfig.of(text).tokenizer_name != "clip":
@@ -151,6 +186,21 @@ def _text_config(source: ModelSource, size: TransformerSize) -> dict[str, Any]:
             "tokenizer_kwargs": {"clean": text.get("clean", "whitespace")},
         }
     return config
+
+
+def _multimodal_config(model: Captioner, text: Mapping[str, Any]) -> dict[str, Any]:
+    decoder = model.decoder
+    block = decoder.self_blocks[0]
+    assert isinstance(block, Block)
+    hidden: int = block.mlp.fc1.out_features  # pyright: ignore
+    ratio = hidden / decoder.head.in_features
+    return {
+        **{key: text[key] for key in ("context_length", "vocab_size", "width")},
+        "heads": block.attn.num_heads,
+        "layers": len(decoder.self_blocks),
+        "mlp_ratio": int(ratio) if ratio.is_integer() else ratio,
+        "attn_pooler_heads": model.vision.pooler.attn.num_heads,
+    }
 
 
 def _block_config(size: TransformerSize) -> dict[str, Any]:

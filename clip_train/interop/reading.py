@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from clip_train.checkpoints.folder import MANIFEST, InvalidCheckpointError, Manifest, verify
+from clip_train.checkpoints.folder import MANIFEST, InvalidCheckpointError, Manifest, read_ema_weights, verify
 from clip_train.checkpoints.folder import read_weights as read_checkpoint_weights
 from clip_train.checkpoints.tensor_files import read_tensors
 from clip_train.errors import ConfigError, first_line
@@ -71,7 +71,7 @@ class _Found:
     quick_gelu: bool | None = None
 
 
-def read_weights(source: str, key: str, trunk: Collection[str] = ()) -> Weights:
+def read_weights(source: str, key: str, trunk: Collection[str] = (), ema: bool = False) -> Weights:
     """Read weights and bring them under our names.
 
     Args:
@@ -79,17 +79,20 @@ def read_weights(source: str, key: str, trunk: Collection[str] = ()) -> Weights:
             transformers or timm; or `hf-hub:organisation/name` of such a folder.
         key: the setting it came from, for messages.
         trunk: names of the weights of the model's timm trunk; a file that has most of them is an image tower.
+        ema: take the averages of a checkpoint of ours (`ema.decay`) in place of the weights that were trained.
 
     Raises:
-        ConfigError: it is not there, cannot be read without running code, or is in no known layout.
+        ConfigError: it is not there, has no averages, cannot be read without running code, or is in no known layout.
     """
+    if ema and not (Path(source) / MANIFEST).exists():
+        raise ConfigError(f"{key}={source} is no checkpoint of ours, which might have averaged weights")
     try:
         if source.startswith(HUB):
             return _recognised(_read_folder(_hub_files(source, key)), trunk)
         path = Path(source)
         if (path / MANIFEST).exists():
             manifest = verify(path)
-            tensors = _without_prefixes(read_checkpoint_weights(path))
+            tensors = _without_prefixes((read_ema_weights if ema else read_checkpoint_weights)(path))
             return Weights(tensors, "a checkpoint of clip-train", manifest=manifest)
         if path.is_dir():
             return _recognised(_read_folder(lambda name: path / name if (path / name).exists() else None), trunk)

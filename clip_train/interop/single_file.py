@@ -6,14 +6,14 @@ from safetensors.torch import save
 
 from clip_train.data.files import write_atomic
 from clip_train.errors import ConfigError
-from clip_train.interop.reading import read_weights
+from clip_train.interop.joining import WeightSource, read_source
 
 
-def export_single_file(weights: str | Path, output: Path) -> int:
+def export_single_file(source: str | Path | WeightSource, output: Path) -> int:
     """Put weights, sharded or not, into one file, in the precision they are in.
 
     Args:
-        weights: what `read_weights` takes, such as the folder of a checkpoint.
+        source: such as the folder of a checkpoint.
         output: the file, such as `b32.safetensors`.
 
     Returns:
@@ -22,7 +22,7 @@ def export_single_file(weights: str | Path, output: Path) -> int:
     Raises:
         ConfigError: the weights cannot be read, or the output cannot be written.
     """
-    tensors = {name: tensor.contiguous() for name, tensor in read_weights(str(weights), "weights").tensors.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in read_source(WeightSource.of(source)).tensors.items()}
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(output, save(tensors))

@@ -42,9 +42,7 @@ def captioning_loss(
         UnequalBatchesError: on all ranks, if the ranks' features differ in shape.
         ValueError: there is no such exchange.
     """
-    contrastive = contrastive_loss(
-        image, text, logit_scale, group=group, exchange=exchange, matmul_dtype=matmul_dtype
-    )
+    contrastive = contrastive_loss(image, text, logit_scale, group=group, exchange=exchange, matmul_dtype=matmul_dtype)
     return contrastive_weight * contrastive + caption_weight * mean_token_loss(caption_loss, caption_tokens, group)
 
 

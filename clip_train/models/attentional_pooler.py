@@ -32,7 +32,7 @@ class AttentionalPooler(nn.Module):
 
     def forward(self, context: Float[Tensor, "b tokens context_width"]) -> Float[Tensor, "b queries width"]:
         context = self.norm_context(context)
-        query = self.norm_query(self.query).expand(len(context), -1, -1)
+        query = self.norm_query(self.query).expand(context.shape[0], -1, -1)  # len() would fix it in an exported graph
         return self.attn(query, context, context, need_weights=False)[0]
 
 

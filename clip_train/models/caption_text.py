@@ -63,7 +63,7 @@ class CaptionTextTower(nn.Module):
     ) -> tuple[Float[Tensor, "b embed"], Float[Tensor, "b length width"]]:
         """Texts of any length up to `context_length`."""
         words = self.trunk.embeddings.token_embedding(ids)
-        with_cls = torch.cat([words, self.cls_emb.expand(len(ids), 1, -1)], dim=1)
+        with_cls = torch.cat([words, self.cls_emb.expand(ids.shape[0], 1, -1)], dim=1)
         states = self.trunk.encoder(
             inputs_embeds=self.trunk.embeddings(inputs_embeds=with_cls),
             attention_mask=_mask(ids != self.pad_id),

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
-from torch.nn import functional as F
 
 from clip_train.data.tokenizer import VOCAB_SIZE
 from clip_train.errors import ConfigError
@@ -34,14 +33,14 @@ class Captioner(DualEncoder):
     def __init__(
         self, vision: PooledVisionTower, text: CaptionTextTower, decoder: CaptionDecoder, *settings: Any
     ) -> None:
-        super().__init__(vision, text, *settings)
+        super().__init__(vision, text, *settings)  # pyright: ignore[reportArgumentType]
         self.decoder = decoder
 
     def encode_image(self, pixels: Pixels) -> Float[Tensor, "b embed"]:
-        return F.normalize(self.vision(self.normalised(pixels))[0].float(), dim=-1)
+        return self.unit_image(self.vision(self.normalised(pixels))[0])
 
     def encode_text(self, ids: Int64[Tensor, "b context"]) -> Float[Tensor, "b embed"]:
-        return F.normalize(self.text(ids)[0].float(), dim=-1)
+        return self.unit_text(self.text(ids)[0])
 
     def encode_image_tokens(self, pixels: Pixels) -> Float[Tensor, "b tokens embed"]:
         """What the decoder looks at."""
@@ -62,7 +61,7 @@ class Captioner(DualEncoder):
         labels = ids[:, 1:]
         caption_loss = self.decoder(image_tokens, states[:, :-1], labels)
         counts = torch.count_nonzero(labels != self.decoder.pad_id, dim=1)
-        return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1), caption_loss, counts
+        return self.unit_image(image), self.unit_text(text), caption_loss, counts
 
 
 def create_captioner(

@@ -37,6 +37,7 @@ class DualEncoder(nn.Module):
             step near ln 100 is 0.03. So does the bias.
         logit_bias: what the sigmoid loss adds to the logits; None where the loss has no bias.
         embed_dim: width of the embedding.
+        image_adapter, text_adapter: between a tower's features and its unit vector; nothing, but for fine-tuning.
     """
 
     batch_keys: tuple[str, ...] = ("image", "text")
@@ -57,6 +58,7 @@ class DualEncoder(nn.Module):
         self.embed_dim = vision.embed_dim
         self.vision = vision
         self.text = text
+        self.image_adapter, self.text_adapter = nn.Identity(), nn.Identity()
         self.logit_scale = nn.Parameter(torch.tensor(float(init_logit_scale)))
         bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(float(init_logit_bias)))
         self.register_parameter("logit_bias", bias)
@@ -67,7 +69,7 @@ class DualEncoder(nn.Module):
         self, pixels: UInt8[Tensor, "b 3 height width"] | Float[Tensor, "b 3 height width"]
     ) -> Float[Tensor, "b embed"]:
         """Unit vectors. uint8 pixels are normalised here, on the device; others are taken as normalised."""
-        return F.normalize(self.vision(self.normalised(pixels)).float(), dim=-1)
+        return self.unit_image(self.vision(self.normalised(pixels)))
 
     def normalised(
         self, pixels: UInt8[Tensor, "b 3 height width"] | Float[Tensor, "b 3 height width"]
@@ -79,7 +81,15 @@ class DualEncoder(nn.Module):
 
     def encode_text(self, ids: Int64[Tensor, "b context"]) -> Float[Tensor, "b embed"]:
         """Unit vectors."""
-        return F.normalize(self.text(ids).float(), dim=-1)
+        return self.unit_text(self.text(ids))
+
+    def unit_image(self, features: Float[Tensor, "b embed"]) -> Float[Tensor, "b embed"]:
+        """What is compared with texts, of the image tower's features."""
+        return F.normalize(self.image_adapter(features).float(), dim=-1)
+
+    def unit_text(self, features: Float[Tensor, "b embed"]) -> Float[Tensor, "b embed"]:
+        """What is compared with images, of the text tower's features."""
+        return F.normalize(self.text_adapter(features).float(), dim=-1)
 
     def forward(
         self, pixels: UInt8[Tensor, "b 3 height width"], ids: Int64[Tensor, "b context"]
@@ -98,6 +108,14 @@ class DualEncoder(nn.Module):
     def clamp_logit_scale(self) -> None:
         """Keep the scale between 1 and 100; to be called after each optimizer step."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    @torch.no_grad()
+    def take_scalars(self, other: "DualEncoder") -> None:
+        """Take over another model's temperature, bias and normalisation of pixels."""
+        self.logit_scale.copy_(other.logit_scale)
+        self.logit_bias = other.logit_bias
+        self.image_mean.copy_(other.image_mean)
+        self.image_std.copy_(other.image_std)
 
     def _apply(self, fn, recurse: bool = True):
         kept = [

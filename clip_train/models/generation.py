@@ -103,7 +103,7 @@ def generate(model: Captioner, pixels: Pixels, options: CaptionOptions) -> Int64
     tokens = {"bos_token_id": model.text.start_id, "eos_token_id": model.text.end_id, "pad_token_id": model.text.pad_id}
     with torch.random.fork_rng([image_tokens.device] if image_tokens.is_cuda else []):
         torch.manual_seed(options.seed)
-        return _Writer(model).generate(  # pyright: ignore[reportReturnType]
+        return _Writer(model).generate(  # pyright: ignore[reportAttributeAccessIssue]
             start,
             attention_mask=torch.ones_like(start),
             image_tokens=image_tokens,
@@ -122,7 +122,7 @@ class _Writer(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
 
     def __init__(self, model: Captioner) -> None:
-        super().__init__(_WriterConfig(vocab_size=model.text.vocab_size))
+        super().__init__(_WriterConfig(vocab_size=model.text.vocab_size))  # pyright: ignore[reportCallIssue]
         self.captioner = model
 
     def forward(

@@ -19,7 +19,7 @@ def layer_numbers(tower: nn.Module) -> dict[str, int]:
     """
     trunk = tower.get_submodule("trunk")
     names = [name for name, _ in tower.named_parameters()]  # in the order of use
-    inside = {id(p) for block in _blocks(trunk) for p in block.parameters()}
+    inside = {id(p) for block in blocks_of(trunk) for p in block.parameters()}
     places = [place for place, (_, p) in enumerate(tower.named_parameters()) if id(p) in inside]
     if not places:
         raise ConfigError(f"layer_decay: {type(trunk).__name__} has no blocks to count: leave it null")
@@ -35,7 +35,8 @@ def _in_row(trunk: nn.Module) -> dict[str, int]:
     return {name: blocks[id(p)] for name, p in trunk.named_parameters() if id(p) in blocks}
 
 
-def _blocks(tower: nn.Module) -> list[nn.Module]:
+def blocks_of(tower: nn.Module) -> list[nn.Module]:
+    """What a tower is made of, though it be a single block."""
     return repeated_blocks(tower) or _longest_row(tower)
 
 
@@ -58,5 +59,5 @@ def repeated_blocks(tower: nn.Module) -> list[nn.Module]:
 
 def hidden_matrices(tower: nn.Module) -> set[nn.Parameter]:
     """The matrices, and convolutions over channels, inside a tower's blocks: no embeddings, no projection."""
-    parameters = [parameter for block in _blocks(tower) for parameter in block.parameters()]
+    parameters = [parameter for block in blocks_of(tower) for parameter in block.parameters()]
     return {p for p in parameters if p.ndim >= 2 and min(p.shape[:2]) > 1}

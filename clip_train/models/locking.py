@@ -65,8 +65,12 @@ def _is_still(module: nn.Module) -> bool:
 
 
 def _stay_in_evaluation(module: nn.Module) -> None:
-    module.train = lambda mode=True: nn.Module.train(module, False)
-    module.eval()
+    def train(mode: bool = True) -> nn.Module:
+        for child in module.children():
+            child.train(mode)
+        return module
+
+    module.train, module.training = train, False
 
 
 def _stays_in_evaluation(module: nn.Module) -> bool:

@@ -85,19 +85,20 @@ def create_clip_text(
         raise ConfigError(f"model.text: width={width} is not a multiple of heads={heads}")
     return CLIPTextModel(
         CLIPTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=int(mlp_ratio * width),
-        projection_dim=embed_dim,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=positions,
-        hidden_act="quick_gelu" if quick_gelu else "gelu",
-        layer_norm_eps=1e-5,
-        bos_token_id=vocab_size - 2,
-        eos_token_id=vocab_size - 1,
-        pad_token_id=0,
-    ))
+            vocab_size=vocab_size,
+            hidden_size=width,
+            intermediate_size=int(mlp_ratio * width),
+            projection_dim=embed_dim,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=positions,
+            hidden_act="quick_gelu" if quick_gelu else "gelu",
+            layer_norm_eps=1e-5,
+            bos_token_id=vocab_size - 2,
+            eos_token_id=vocab_size - 1,
+            pad_token_id=0,
+        )
+    )
 
 
 def checkpoint_blocks(trunk: PreTrainedModel) -> None:
@@ -112,6 +113,7 @@ def checkpoint_blocks(trunk: PreTrainedModel) -> None:
         enable({"use_reentrant": False})
     except ValueError as error:
         raise ConfigError(f"model.grad_checkpointing: {first_line(error)}; give false") from error
+    trunk.disable_input_require_grads()  # for the reentrant kind only; frozen blocks would keep activations
 
 
 def init_text_transformer(trunk: CLIPTextModel) -> None:

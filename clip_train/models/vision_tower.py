@@ -49,7 +49,7 @@ class VisionTower(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         self.trunk = create_trunk(name, image_size, quick_gelu, options or {}, pretrained, patch_dropout)
-        width = _feature_width(self.trunk)
+        width = feature_width(self.trunk)
         self.projection = make_projection(
             proj, width, embed_dim, "model.vision", mlp_width=2 * embed_dim, mlp_bias=True
         )
@@ -135,7 +135,7 @@ def _create_model(name: str, image_size: int, pretrained: bool, options: dict[st
         ) from error
 
 
-def _feature_width(trunk: nn.Module) -> int:
+def feature_width(trunk: nn.Module) -> int:
     """Of what the trunk returns: its own last layer's output if it has one, else that of its pooling."""
     return int(trunk.num_classes or getattr(trunk, "head_hidden_size", None) or trunk.num_features)  # pyright: ignore
 

@@ -9,9 +9,12 @@ import lightning as L
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from clip_train.checkpoints.base import Base
 from clip_train.checkpoints.mirror import Mirror
 from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.writer import CheckpointWriter
+from clip_train.data.eval_batches import EvalBatches
+from clip_train.models.linear_probe import LinearProbe
 from clip_train.training.agreement import RankAgreement
 from clip_train.training.bad_samples import BadSamples
 from clip_train.training.cached_gradients import refuse_batch_norm
@@ -19,6 +22,7 @@ from clip_train.training.checkpointing import Checkpointing
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.durations import Clock
 from clip_train.training.ema import WeightAverage
+from clip_train.training.feature_cache import ProbeStart, features_key
 from clip_train.training.guard import Guard
 from clip_train.training.guard_report import write_report
 from clip_train.training.health import Health
@@ -47,6 +51,7 @@ class RunPlan:
     """What is known of a run before its first step.
 
     Attributes:
+        base: what its checkpoints go onto; None where they hold all weights.
         checkpoint: what it goes on from; None for a fresh start.
         undone: the roll-back that led here, if one did.
     """
@@ -57,9 +62,15 @@ class RunPlan:
     data: ClipDataModule
     clock: Clock
     module: ClipModule
+    base: Base | None
     resume: Resume
     checkpoint: Checkpoint | None
     undone: RollBack | None
+
+    @property
+    def retrieval_sets(self) -> dict[str, EvalBatches]:
+        """What there is to evaluate by retrieval; nothing for a model that only tells classes."""
+        return self.data.val_sets if "text" in self.module.model.batch_keys else {}
 
     @property
     def complete_already(self) -> bool:
@@ -92,17 +103,17 @@ def make_callbacks(plan: RunPlan, rank_log: RankLog, console: Console) -> RunCal
     checkpointing = _checkpointing(plan, metrics)
     trial = TrialReport(folder.path, plan.world.rank, plan.clock.cadence(cfg.eval.every, "eval.every"), metrics)
     agreement = RankAgreement(bad_samples, [staging.retries, trial.vote, *checkpointing.votes])
-    decay = OmegaConf.select(cfg, "ema.decay")
-    average = None if decay is None else WeightAverage(decay)
+    average = None if cfg.ema.decay is None else WeightAverage(cfg.ema.decay)
     validation = _validation(plan, metrics, average, (checkpointing.after_evaluation, trial.after_evaluation))
     watchdog = Watchdog(folder.path / "stacks", *timeouts(cfg))
     start = _start(plan, rank_log, console)
     search = [_micro_batch_search(plan)] if cfg.micro_batch_size == "auto" else []
+    probe = _probe_start(plan)
     sample_log = [SampleLog(folder.path / "samples")] if cfg.data.sample_log else []
     progress = ProgressDisplay(metrics, console)
     # The average takes memory, so that it comes before the search; that comes before anything is timed.
-    in_order = [watchdog, start, *([average] if average else []), *search, guard, bad_samples, staging, agreement]
-    in_order += [metrics, *sample_log, checkpointing, progress, validation, trial]
+    in_order = [watchdog, start, *probe, *([average] if average else []), *search, guard, bad_samples, staging]
+    in_order += [agreement, metrics, *sample_log, checkpointing, progress, validation, trial]
     return RunCallbacks(guard, metrics, checkpointing, trial, agreement, validation, in_order)
 
 
@@ -149,7 +160,7 @@ def _metrics(plan: RunPlan, bad_samples: BadSamples, staging: ShardStaging, guar
 
 def _checkpointing(plan: RunPlan, metrics: TrainMetrics) -> Checkpointing:
     settings, world = plan.cfg.checkpoint, plan.world
-    check_best_metric(settings.best_metric, plan.data.val_sets)
+    check_best_metric(settings.best_metric, plan.retrieval_sets, plan.data.zero_shot_sets)
     writer = CheckpointWriter(
         plan.folder.checkpoints,
         Retention(settings.keep, settings.keep_best, settings.best_metric, settings.best_mode),
@@ -171,6 +182,7 @@ def _checkpointing(plan: RunPlan, metrics: TrainMetrics) -> Checkpointing:
             "data": plan.data.describe_data(),
             "environment": environment(),
             "wandb_run_id": plan.folder.wandb_run_id,
+            **(plan.base.about() if plan.base else {}),
         },
         metrics=metrics,
     )
@@ -181,7 +193,8 @@ def _validation(
 ) -> Validation:
     settings = plan.cfg.eval
     return Validation(
-        plan.data.val_sets,
+        plan.retrieval_sets,
+        plan.data.zero_shot_sets,
         every_samples=plan.clock.cadence(settings.every, "eval.every"),
         batch_size=settings.batch_size,
         num_workers=plan.data.num_workers,
@@ -191,6 +204,15 @@ def _validation(
         after=after,
         owed=plan.checkpoint is not None and not plan.checkpoint.manifest.about.get("metrics"),
     )
+
+
+def _probe_start(plan: RunPlan) -> list[L.Callback]:
+    cfg, probe = plan.cfg, plan.module.model
+    if not isinstance(probe, LinearProbe):
+        return []
+    key = features_key(probe, plan.data.unaugmented(), f"{cfg.trainer.precision} on {plan.world.accelerator}")
+    folder = Path(cfg.data.cache_dir or plan.folder.path) / f"features_{key}"
+    return [ProbeStart(plan.data, folder, cfg.eval.batch_size, fresh=plan.checkpoint is None)]
 
 
 def _micro_batch_search(plan: RunPlan) -> MicroBatchSearch:

@@ -2,7 +2,8 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +12,9 @@ from torch.utils.data import DataLoader
 
 from clip_train.data.augmentation import Augmentation
 from clip_train.data.batches import TrainBatches
+from clip_train.data.class_names import LABEL_EXTENSION, ClassNames, read_class_names
 from clip_train.data.eval_batches import EvalBatches
+from clip_train.data.feature_batches import FeatureBatches
 from clip_train.data.files import user_cache
 from clip_train.data.fingerprint import Description, describe, describe_shards, digest
 from clip_train.data.index import ShardIndex
@@ -22,7 +25,7 @@ from clip_train.data.remote import scheme_of
 from clip_train.data.remote_shards import StagedShard, open_shards
 from clip_train.data.shard_cache import parse_bytes
 from clip_train.data.shards import expand_shards
-from clip_train.data.sources import open_sources, order_sources
+from clip_train.data.sources import has_labels, open_sources, order_sources
 from clip_train.data.staging import Stager
 from clip_train.data.tokenizer_choice import CaptionTokenizer
 from clip_train.errors import ConfigError, DataError
@@ -42,6 +45,7 @@ class ClipDataModule(L.LightningDataModule):
         batch_size: pairs per step over all ranks.
         seed: decides order and augmentation.
         world: the processes of the run.
+        zero_shot: the labelled sets of `eval.zero_shot`.
 
     Raises:
         DataError: shards are missing, damaged, or lack images or captions.
@@ -57,11 +61,13 @@ class ClipDataModule(L.LightningDataModule):
         batch_size: int,
         seed: int,
         world: World,
+        zero_shot: str | Sequence[str] | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.world, self.batch_size = world, batch_size
         self.num_workers = _num_workers(data["num_workers"], world)
         self._cache_dir = data["cache_dir"]
+        self._retries, self._timeout = data["retries"], data["timeout"]
         cache_size = parse_bytes(data["cache_size"], "data.cache_size")
         self.stager = Stager(self._cache_dir or user_cache(), cache_size, data["retries"], data["timeout"], "data.")
         train = data["train"]
@@ -71,6 +77,8 @@ class ClipDataModule(L.LightningDataModule):
             data["caption_key"],
             lambda pattern: self._open_shards(pattern, "data.train.shards"),
             "data",
+            data.get("classes"),
+            partial(self._find_classes, "data.classes"),
         )
         self.batches = TrainBatches(
             reader=PairReader.join(list(self.sources.values())),
@@ -90,17 +98,23 @@ class ClipDataModule(L.LightningDataModule):
             stager=self.stager,
         )
         self.batches.reader.keep_open(self.batches.order.shards_at_once(world.size))
+        self.features: FeatureBatches | None = None
         val = {**data, **{key: value for key, value in data["val"].items() if value is not None}}
+        make_batches = self._make_eval = partial(
+            EvalBatches,
+            tokenizer=tokenizer,
+            image_size=image_size,
+            resize_mode=val["resize_mode"],
+            interpolation=val["interpolation"],
+            max_image_pixels=data["max_image_pixels"],
+        )
         self.val_sets = {
-            name: EvalBatches(
-                self._open_val(name, patterns, val),
-                tokenizer,
-                image_size,
-                val["resize_mode"],
-                val["interpolation"],
-                data["max_image_pixels"],
-            )
-            for name, patterns in _named_sets(data["val"]["shards"]).items()
+            name: make_batches(self._open_val(name, patterns, val))
+            for name, patterns in _named_sets(data["val"]["shards"], "val").items()
+        }
+        self.zero_shot_sets = {
+            name: make_batches(self._open_labelled(name, patterns, val), with_labels=True)
+            for name, patterns in _named_sets(zero_shot, "zero_shot").items()
         }
 
     def _open_shards(self, patterns: str | Sequence[str], setting: str) -> list[ShardIndex | StagedShard]:
@@ -109,13 +123,32 @@ class ClipDataModule(L.LightningDataModule):
 
     def _open_val(self, name: str, patterns: str | Sequence[str], val: Mapping[str, Any]) -> PairReader:
         shards = self._open_shards(patterns, "data.val.shards")
-        for key in ("image_key", "caption_key"):
-            if isinstance(val[key], list):
+        for key in ("image_key", "caption_key", "classes"):
+            if isinstance(val.get(key), list):
                 raise ConfigError(f"data.val.{key} is not given, and data.{key} has one entry per source: give one")
-        reader = PairReader(shards, val["image_key"], val["caption_key"], "data.val")
+        classes = None
+        if has_labels(val["caption_key"]):
+            classes = self._find_classes("data.classes", val.get("classes"), shards[0].shard)
+        reader = PairReader(shards, val["image_key"], val["caption_key"], "data.val", classes)
         if reader.num_incomplete:
             raise DataError(f"validation set {name}: {reader.num_incomplete} samples lack an image or a caption")
         return reader
+
+    def _open_labelled(self, name: str, labelled: Any, val: Mapping[str, Any]) -> PairReader:
+        setting = f"eval.zero_shot.{name}"
+        given = labelled if isinstance(labelled, Mapping) else {"shards": labelled}
+        if not given.get("shards") or set(given) - {"shards", "classes"}:
+            raise ConfigError(f"{setting} is neither a pattern nor {{shards: PATTERN, classes: PATH or null}}")
+        image_key = val["image_key"] if isinstance(val["image_key"], str) else ";".join(val["image_key"])
+        shards = self._open_shards(given["shards"], f"{setting}.shards")
+        classes = self._find_classes(f"{setting}.classes", given.get("classes"), shards[0].shard)
+        reader = PairReader(shards, image_key, LABEL_EXTENSION, setting, classes)
+        if reader.num_incomplete:
+            raise DataError(f"{setting}: {reader.num_incomplete} samples lack an image or a label")
+        return reader
+
+    def _find_classes(self, setting: str, address: str | None, shard: str) -> ClassNames:
+        return read_class_names(address, shard, setting, self._retries, self._timeout)
 
     def metrics(self, position: int) -> dict[str, float]:
         """How often a mixture has gone through each of its sources."""
@@ -127,7 +160,7 @@ class ClipDataModule(L.LightningDataModule):
     @cached_property
     def has_remote_shards(self) -> bool:
         """Whether training reads shards that have to be fetched."""
-        return any(scheme_of(name) for name in self.batches.reader.shard_names)
+        return self.features is None and any(scheme_of(name) for name in self.batches.reader.shard_names)
 
     def describe_data(self) -> Description:
         """The training data, for checkpoints; `fingerprint.differences` compares two of them."""
@@ -135,7 +168,8 @@ class ClipDataModule(L.LightningDataModule):
 
     def fingerprint(self) -> str:
         """Differs where shards, their sizes, or their order differ, in the training or a validation set."""
-        validation = [describe_shards(batches.reader) for batches in self.val_sets.values()]
+        sets = [*self.val_sets.values(), *self.zero_shot_sets.values()]
+        validation = [describe_shards(batches.reader) for batches in sets]
         return digest(self.describe_data(), *validation)
 
     @property
@@ -143,22 +177,44 @@ class ClipDataModule(L.LightningDataModule):
         """Pairs in the training set."""
         return len(self.batches.reader)
 
+    @property
+    def class_names(self) -> ClassNames:
+        """Of the training set, if all of its samples have labels of the same classes. Raises ConfigError."""
+        found = self.batches.reader.classes
+        if len(found) != 1 or found[0] is None:
+            raise ConfigError("finetune learns from labels: give data.caption_key=cls, and sources of the same classes")
+        return found[0]
+
+    def serve(self, batch_keys: Sequence[str]) -> None:
+        """Put what a model asks for into the batches."""
+        self.batches = replace(self.batches, with_labels="label" in batch_keys)
+
+    def serve_features(self, features: FeatureBatches) -> None:
+        """From now on, train on these."""
+        self.features = features
+
+    def unaugmented(self) -> EvalBatches:
+        """The training set with its labels, as evaluation would see it; samples may be bad."""
+        return self._make_eval(self.batches.reader, with_labels=True, keep_bad=True)
+
     def train_dataloader(self) -> DataLoader:
         """The stream from the module's position on."""
         module = cast(ClipModule, cast(L.Trainer, self.trainer).lightning_module)
         starts = BatchStarts(module.position, self.batch_size)
         pin_memory = self.world.accelerator == "gpu"
+        if self.features is not None:  # nothing to decode
+            return make_loader(self.features, starts, num_workers=0, pin_memory=pin_memory)
         return make_loader(self.batches, starts, self.num_workers, pin_memory)
 
 
-def _named_sets(shards: str | list[str] | Mapping[str, str] | None) -> dict[str, str | list[str]]:
-    """Patterns alone are one set, named after its folder; a mapping gives the names itself."""
+def _named_sets(shards: str | Sequence[str] | Mapping[str, Any] | None, otherwise: str) -> dict[str, Any]:
+    """Patterns alone are one set, named after its folder where that can be; a mapping gives the names itself."""
     if shards is None:
         return {}
     if isinstance(shards, Mapping):
         return dict(shards)
     folder = Path(shards if isinstance(shards, str) else shards[0]).parent.name
-    return {folder if re.fullmatch(r"\w[\w.-]*", folder) and "::" not in shards else "val": shards}
+    return {folder if re.fullmatch(r"\w[\w.-]*", folder) and "::" not in shards else otherwise: shards}
 
 
 def _num_workers(setting: int | str, world: World) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from clip_train.checkpoints.restore import cut_like
+from clip_train.models.locking import fixed_names
 from clip_train.training.module import ClipModule
 
 
@@ -74,7 +75,7 @@ class WeightAverage(Callback):
 def _averaged_tensors(module: nn.Module) -> dict[str, Tensor]:
     """By the names of the state dict: what training changes, but for counters."""
     kept = module.state_dict(keep_vars=True)
-    fixed = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    fixed = fixed_names(module)
     return {name: t.detach() for name, t in kept.items() if t.is_floating_point() and name not in fixed}
 
 

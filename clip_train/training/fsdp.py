@@ -9,10 +9,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from clip_train.checkpoints.restore import restore_optimizer
 from clip_train.distributed import group_size
 from clip_train.models import DualEncoder
+from clip_train.models.captioner import Captioner
 from clip_train.models.layers import repeated_blocks
 from clip_train.training.module import ClipModule
 
@@ -49,9 +51,7 @@ class ShardedStrategy(DDPStrategy):
 
     def post_backward(self, closure_loss: Tensor) -> None:
         if self._exchanges:
-            average_gradients(
-                self._encoder.parameters(recurse=False)
-            )  # the scalars beside the towers, which stay whole
+            average_gradients(self._encoder.parameters())
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -63,16 +63,17 @@ def shard_towers(model: DualEncoder, mesh: DeviceMesh) -> None:
 
     A block's weights are gathered for its forward and again for its backward; a tower's own stay gathered in between.
     """
-    for tower in model.children():
+    for tower in (model.vision, model.text, *([model.decoder] if isinstance(model, Captioner) else [])):
         for block in repeated_blocks(tower):
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        fully_shard(tower, mesh=mesh, reshard_after_forward=False)
+        # After backward it is cut again; a frozen one has none.
+        fully_shard(tower, mesh=mesh, reshard_after_forward=not _learns(tower))
 
 
 def average_gradients(parameters: Iterator[nn.Parameter]) -> None:
-    """The mean over ranks of each gradient, on every rank."""
+    """The mean over ranks of the gradients beside the towers, on every rank; what is sharded has it already."""
     for parameter in parameters:
-        if parameter.grad is not None:
+        if parameter.grad is not None and not isinstance(parameter, DTensor):
             dist.all_reduce(parameter.grad)
             parameter.grad /= group_size()
 
@@ -90,7 +91,11 @@ def whole_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for shard in shards:
             shard.reshard()
-            shard.set_reshard_after_forward(shard not in towers, recurse=False)
+            shard.set_reshard_after_forward(shard not in towers or not _learns(shard), recurse=False)
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 def _shards(model: nn.Module) -> list[FSDPModule]:

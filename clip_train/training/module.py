@@ -14,10 +14,12 @@ from torch import Tensor
 from clip_train.data.batches import Batch
 from clip_train.data.keyed_random import MODEL_NOISE, keyed_bits
 from clip_train.models import DualEncoder
+from clip_train.models.locking import fixed_names
 from clip_train.training.bad_step import clip_or_skip, restore_unless, running_statistics, telling_seed
 from clip_train.training.cached_gradients import cached_backward, refuse_batch_norm
 from clip_train.training.distillation import Teacher
 from clip_train.training.durations import Clock
+from clip_train.training.frozen_towers import encoding_once
 from clip_train.training.memory import explained_out_of_memory
 from clip_train.training.optimizer import build_optimizer, set_rates, with_settings_of
 from clip_train.training.schedule import COSINE, make_schedule
@@ -31,11 +33,13 @@ class ClipModule(L.LightningModule):
     Args:
         model: the towers.
         loss: of this rank's image and text features and the model's `logit_parameters`; the mean over the global batch.
+            If it has `metrics`, they are logged with it.
         optim: the `optim` group of the configs.
         clock: batch size and length of the run.
         seed: of the noise inside the model, if it has any.
         micro_batch_size: pairs per rank that go through the towers at once; None for all.
         schedule: the `schedule` group of the configs.
+        adapter_only: checkpoints hold only what training changes.
         teacher: that the model learns from beside the loss, if any.
 
     Raises:
@@ -57,6 +61,7 @@ class ClipModule(L.LightningModule):
         seed: int,
         micro_batch_size: int | None = None,
         schedule: Mapping = COSINE,
+        adapter_only: bool = False,
         teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
@@ -70,6 +75,8 @@ class ClipModule(L.LightningModule):
         self.clock = clock
         self.seed = seed
         self.micro_batch_size = micro_batch_size
+        self.adapter_only = adapter_only
+        self.strict_loading = not adapter_only
         self.samples_seen = self.skipped_samples = 0
         self.warmup_samples = clock.samples(optim["warmup"], "optim.warmup")
         self.schedule = make_schedule(schedule, clock, self.warmup_samples)
@@ -89,6 +96,7 @@ class ClipModule(L.LightningModule):
             self.step_metrics = {"train/loss": loss, "train/logit_scale": self.model.logit_scale.detach().exp()}
             if self.teacher is not None and self.teacher.latest is not None:
                 self.step_metrics["train/distillation_loss"] = self.teacher.latest
+            self.step_metrics |= getattr(self.loss, "metrics", {})
             optimizer = cast(LightningOptimizer, self.optimizers())
             optimizer.step()  # clips first, or does nothing: `on_before_optimizer_step`
         optimizer.zero_grad()
@@ -108,7 +116,7 @@ class ClipModule(L.LightningModule):
             self._synchronised_backward(loss, last=True)
             return loss.detach()
         return cached_backward(
-            self.model,
+            encoding_once(self.model),
             loss_of,
             self.model.logit_parameters(),
             inputs,
@@ -154,7 +162,16 @@ class ClipModule(L.LightningModule):
             optimizer, self.model.parameters(), self.optim["grad_clip"] or None
         )
 
+    def saved_weights(self) -> dict[str, Tensor]:
+        """The weights that checkpoints hold, by name."""
+        return self._saved(self.state_dict())
+
+    def _saved(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        fixed = fixed_names(self) if self.adapter_only else set()
+        return {name: weight for name, weight in weights.items() if name not in fixed}
+
     def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["state_dict"] = self._saved(checkpoint["state_dict"])
         checkpoint["samples_seen"], checkpoint["skipped_samples"] = self.samples_seen, self.skipped_samples
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:

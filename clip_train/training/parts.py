@@ -18,7 +18,9 @@ from torch import Tensor
 from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.data.tokenizer_choice import CaptionTokenizer, choose_tokenizer
 from clip_train.errors import ConfigError
+from clip_train.losses.classification import ClassificationLoss
 from clip_train.models import DualEncoder, create_dual_encoder
+from clip_train.models.adaptation import method_of
 from clip_train.models.dual_encoder import AnyTextTower
 from clip_train.models.text_config import TextConfig
 from clip_train.training.checkpointing import FolderCheckpointIO
@@ -30,7 +32,6 @@ from clip_train.training.launch import World
 from clip_train.training.module import ClipModule
 from clip_train.training.run_folder import RunFolder
 from clip_train.training.run_logger import RunLogger
-from clip_train.training.schedule import COSINE
 from clip_train.training.signals import keep_handlers
 from clip_train.training.watchdog import group_timeout
 
@@ -42,12 +43,13 @@ def make_model(cfg: DictConfig) -> DualEncoder:
     return create_dual_encoder(**plain(cfg.model))
 
 
-def make_module(cfg: DictConfig, clock: Clock, model: Any) -> ClipModule:
+def make_module(cfg: DictConfig, clock: Clock, model: Any, adapter_only: bool = False) -> ClipModule:
     """The model, ready to be trained, and how it is trained."""
     micro_batch_size = None if cfg.micro_batch_size == "auto" else cfg.micro_batch_size
-    schedule = plain(cfg.schedule) if "schedule" in cfg else COSINE  # a config of before there was a choice
-    optim, teacher = plain(cfg.optim), make_teacher(cfg)
-    return ClipModule(model, make_loss(cfg), optim, clock, cfg.seed, micro_batch_size, schedule, teacher)
+    optim, schedule, loss = plain(cfg.optim), plain(cfg.schedule), make_loss(cfg)
+    return ClipModule(
+        model, loss, optim, clock, cfg.seed, micro_batch_size, schedule, adapter_only, teacher=make_teacher(cfg)
+    )
 
 
 def make_teacher(cfg: DictConfig) -> Teacher | None:
@@ -67,6 +69,7 @@ def open_data(cfg: DictConfig, world: World) -> ClipDataModule:
         batch_size=cfg.batch_size,
         seed=cfg.seed,
         world=world,
+        zero_shot=plain(cfg.eval).get("zero_shot"),
     )
 
 
@@ -89,7 +92,9 @@ def check_tokenizer(tokenizer: CaptionTokenizer, text: AnyTextTower) -> None:
 
 
 def make_loss(cfg: DictConfig) -> Callable[..., Tensor]:
-    """The loss group's function, with the name of a dtype turned into the dtype."""
+    """The loss group's function, with the name of a dtype turned into the dtype; another where labels are learned."""
+    if cfg.get("finetune") is not None and method_of(plain(cfg.finetune)).classifies:
+        return ClassificationLoss()
     dtype = _matmul_dtype(cfg)
     return instantiate(cfg.loss) if dtype is None else partial(instantiate(cfg.loss), matmul_dtype=dtype)
 

@@ -8,22 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
-from torch import nn
 
 from clip_train.checkpoints.choice import changed_settings, check_data, check_model, newest_valid
 from clip_train.checkpoints.folder import InvalidCheckpointError, Manifest, verify
 from clip_train.data.fingerprint import differences
 from clip_train.errors import ConfigError
-from clip_train.interop.loading import load_weights
-from clip_train.interop.reading import read_weights
-from clip_train.models import DualEncoder
+from clip_train.training.module import ClipModule
 from clip_train.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 _MAY_DIFFER = ("data",)
 # Where a run lives and what it tells has no say in its outcome.
-_SILENT = ("run_name", "output_dir", "resume", "init_from", "logger", "checkpoint", "eval", "model_name")
+_SILENT = (
+    "run_name",
+    "output_dir",
+    "resume",
+    "init_from",
+    "init_from_ema",
+    "logger",
+    "checkpoint",
+    "eval",
+    "model_name",
+)
 
 
 def restarted() -> bool:
@@ -106,7 +113,13 @@ def _newest_since(folder: RunFolder, source: str) -> Checkpoint | None:
 
 
 def check_resumable(
-    checkpoint: Checkpoint, resume: Resume, *, model: nn.Module, config: Mapping[str, Any], data: dict, world_size: int
+    checkpoint: Checkpoint,
+    resume: Resume,
+    *,
+    module: ClipModule,
+    config: Mapping[str, Any],
+    data: dict,
+    world_size: int,
 ) -> None:
     """Refuse another model or other data; say which other settings differ.
 
@@ -115,7 +128,7 @@ def check_resumable(
     """
     about = checkpoint.manifest.about
     _check_optimizer(checkpoint.path, about["config"], config)
-    check_model(checkpoint.path, {f"model.{name}": tuple(w.shape) for name, w in model.state_dict().items()})
+    check_model(checkpoint.path, {name: tuple(w.shape) for name, w in module.saved_weights().items()})
     found = differences(about["data"], data)
     if about["config"]["seed"] != config["seed"]:
         found.append(f"seed {config['seed']}, was {about['config']['seed']}: another order")
@@ -133,13 +146,3 @@ def _check_optimizer(path: Path, before: Mapping[str, Any], now: Mapping[str, An
             f"resume: {path} has the optimizer state of optim={was}, of no use to optim={wanted}: keep {was}, or start"
             f" a new run from the weights with init_from={path}"
         )
-
-
-def load_initial_weights(model: DualEncoder, source: str) -> None:
-    """Start from weights in any layout that is known.
-
-    Raises:
-        ConfigError: they cannot be read, or do not fit the model.
-    """
-    weights = read_weights(source, "init_from", trunk=model.vision.trunk.state_dict().keys())
-    load_weights(model, weights, f"init_from={source}")

@@ -15,7 +15,7 @@ from clip_train.processes import die_with_parent
 from clip_train.training.callbacks import RunCallbacks, RunPlan, make_callbacks
 from clip_train.training.config_check import check_config
 from clip_train.training.durations import RUN_LENGTH_KEYS, Clock
-from clip_train.training.finetuning import prepare
+from clip_train.training.finetuning import load_base, prepare
 from clip_train.training.launch import World, find_world, started_by_lightning
 from clip_train.training.parts import (
     check_tokenizer,
@@ -27,7 +27,7 @@ from clip_train.training.parts import (
     plain,
 )
 from clip_train.training.rank_log import start_rank_log
-from clip_train.training.resume import Resume, check_resumable, find_checkpoint, load_initial_weights
+from clip_train.training.resume import Resume, check_resumable, find_checkpoint
 from clip_train.training.rollback import RollBack, note_rollback, noted_rollback
 from clip_train.training.run_folder import RunFolder, default_run_name
 
@@ -97,15 +97,15 @@ def _plan(cfg: DictConfig, world: World, undone: RollBack | None) -> RunPlan:
     model = make_model(cfg)
     check_tokenizer(data.batches.tokenizer, model.text)
     checkpoint = find_checkpoint(folder, resume)
-    if cfg.init_from and not checkpoint:
-        load_initial_weights(model, str(cfg.init_from))
-    module = make_module(cfg, clock, prepare(model, cfg))
+    base = load_base(model, cfg, checkpoint)
+    module = make_module(cfg, clock, prepare(model, cfg, data), adapter_only=base is not None)
+    data.serve(module.model.batch_keys)
     if checkpoint:
         about = {"config": plain(cfg), "data": data.describe_data(), "world_size": world.size}
-        check_resumable(checkpoint, resume, model=module.model, **about)
+        check_resumable(checkpoint, resume, module=module, **about)
     if resume.source != "never":
         undone = undone or noted_rollback(folder.rollback, checkpoint.path if checkpoint else None)
-    return RunPlan(cfg, world, folder, data, clock, module, resume, checkpoint, undone)
+    return RunPlan(cfg, world, folder, data, clock, module, base, resume, checkpoint, undone)
 
 
 def _fit(trainer: L.Trainer, plan: RunPlan) -> RollBack | None:

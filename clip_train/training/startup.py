@@ -2,7 +2,7 @@
 
 import logging
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -29,7 +29,9 @@ def announce(
 
 def _table(cfg: DictConfig, folder: RunFolder, module: ClipModule, data: ClipDataModule, world: World) -> Table:
     model, clock = module.model, module.clock
-    vision, text, total = (sum(p.numel() for p in part.parameters()) for part in (model.vision, model.text, model))
+    parts = (model.vision, model.text, model)
+    vision, text, total = (sum(p.numel() for p in part.parameters()) for part in parts)
+    learned = [sum(p.numel() for p in part.parameters() if p.requires_grad) for part in parts]
     steps = clock.total_samples // clock.batch_size
     order = data.batches.order
     num_shards, epochs = len(data.batches.reader.counts), clock.total_samples / order.num_samples
@@ -37,6 +39,7 @@ def _table(cfg: DictConfig, folder: RunFolder, module: ClipModule, data: ClipDat
         "run": str(folder.path),
         "model": f"{cfg.model_name} at {data.batches.image_size} px, {data.batches.tokenizer.context_length} tokens",
         "parameters": f"{total:,} (image tower {vision:,}, text tower {text:,})",
+        **_learned(cfg, total, *learned),
         "batch": f"{clock.batch_size:,} = {world.size} process(es) x {clock.batch_size // world.size:,}",
         "samples": f"{order.num_samples:,} in {num_shards:,} shards",
         "length": f"{clock.total_samples:,} samples = {steps:,} steps = {epochs:.4g} epochs",
@@ -45,8 +48,8 @@ def _table(cfg: DictConfig, folder: RunFolder, module: ClipModule, data: ClipDat
         "devices": f"{world.size} x {world.accelerator} on {world.num_nodes} node(s), {cfg.trainer.precision}",
         "loader": f"{data.num_workers} worker(s) per process",
     }
-    if (decay := OmegaConf.select(cfg, "ema.decay")) is not None:
-        rows["evaluated"] = f"the average of the weights, decay {decay:g}"
+    if cfg.ema.decay is not None:
+        rows["evaluated"] = f"the average of the weights, decay {cfg.ema.decay:g}"
     if module.samples_seen:
         rows["resumed"] = f"at {module.samples_seen:,} samples"
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -57,7 +60,15 @@ def _table(cfg: DictConfig, folder: RunFolder, module: ClipModule, data: ClipDat
     return table
 
 
+def _learned(cfg: DictConfig, total: int, vision: int, text: int, learned: int) -> dict[str, str]:
+    """What fine-tuning leaves free to learn."""
+    if cfg.get("finetune") is None:
+        return {}
+    share = f"{learned:,} = {learned / total:.2%} (image tower {vision:,}, text tower {text:,})"
+    return {"finetune": cfg.finetune.method, "trainable": share}
+
+
 def _optimizer(cfg: DictConfig, module: ClipModule) -> str:
     """Such as `adamw, rate 0.0005, 64 samples of warm-up, then cosine`."""
-    name, schedule = cfg.optim.get("name", "adamw"), OmegaConf.select(cfg, "schedule.name", default="cosine")
-    return f"{name}, rate {module.optim['lr']:g}, {module.warmup_samples:,} samples of warm-up, then {schedule}"
+    name, warmup = cfg.optim.get("name", "adamw"), f"{module.warmup_samples:,} samples of warm-up"
+    return f"{name}, rate {module.optim['lr']:g}, {warmup}, then {cfg.schedule.name}"

@@ -1,4 +1,4 @@
-"""Retrieval on the validation sets during training and at its end."""
+"""Retrieval and zero-shot classification on sets of their own, during training and at its end."""
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,8 +10,10 @@ from lightning.pytorch.callbacks import Callback
 
 from clip_train.data.eval_batches import EvalBatches
 from clip_train.errors import ConfigError
+from clip_train.evaluation import zero_shot
 from clip_train.evaluation.features import Features, encode_pairs
 from clip_train.evaluation.retrieval import METRICS, retrieval_metrics
+from clip_train.evaluation.zero_shot import classification_metrics, evaluating, make_classifier
 from clip_train.training.durations import passes
 from clip_train.training.ema import WeightAverage
 from clip_train.training.fsdp import whole_weights
@@ -24,10 +26,11 @@ AfterEvaluation = Callable[[L.Trainer, ClipModule, Mapping[str, float]], None]
 
 
 class Validation(Callback):
-    """Logs `val/<set>/...` every `every_samples` samples and when the run is complete.
+    """Logs `val/<set>/...` and `zero_shot/<set>/...` every `every_samples` samples and when the run is complete.
 
     Args:
-        sets: validation sets by name.
+        sets: validation sets of pairs by name.
+        labelled: sets to classify by name.
         every_samples: cadence; None evaluates at the end only.
         batch_size: pairs per forward pass on a rank.
         num_workers: loader processes.
@@ -44,6 +47,7 @@ class Validation(Callback):
     def __init__(
         self,
         sets: Mapping[str, EvalBatches],
+        labelled: Mapping[str, EvalBatches],
         *,
         every_samples: int | None,
         batch_size: int,
@@ -55,7 +59,7 @@ class Validation(Callback):
         owed: bool = False,
     ) -> None:
         self.metrics, self.average, self.after, self.owed = metrics, average, after, owed
-        self.sets, self.every_samples, self.picture = sets, every_samples, picture
+        self.sets, self.labelled, self.every_samples, self.picture = sets, labelled, every_samples, picture
         self.batch_size, self.num_workers = batch_size, num_workers
         self.latest: dict[str, float] = {}
 
@@ -78,7 +82,8 @@ class Validation(Callback):
     def _evaluate(self, trainer: L.Trainer, pl_module: ClipModule, final: bool) -> None:
         with self.average.in_place_of_weights(pl_module) if self.average else nullcontext():
             self._evaluate_sets(trainer, pl_module, final)
-        if self.sets:
+            self._classify_sets(trainer, pl_module)
+        if self.sets or self.labelled:
             for told in self.after:
                 told(trainer, pl_module, self.latest)
 
@@ -100,6 +105,26 @@ class Validation(Callback):
             if final and number == 0:
                 self._draw(trainer, _sentence(name, len(batches), scores), batches, features)
 
+    def _classify_sets(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
+        precision = trainer.precision_plugin
+        for name, batches in self.labelled.items():
+            with whole_weights(pl_module.model), evaluating(pl_module.model):
+                with precision.forward_context():
+                    classify = make_classifier(pl_module.model, batches, self.batch_size)
+                scores = classification_metrics(
+                    classify,
+                    batches,
+                    batch_size=self.batch_size,
+                    num_workers=self.num_workers,
+                    autocast=precision.forward_context(),
+                    device=pl_module.device,
+                )
+            metrics = {f"zero_shot/{name}/{key}": value for key, value in scores.items()}
+            self.latest.update(metrics)
+            log_metrics(trainer, pl_module.samples_seen, metrics)
+            top1, top5 = scores["top1"], scores["top5"]
+            log.info("%s: top-1 %.1f%%, top-5 %.1f%% of %d pictures", name, 100 * top1, 100 * top5, len(batches))
+
     def _draw(self, trainer: L.Trainer, title: str, batches: EvalBatches, features: Features) -> None:
         if self.picture is not None and trainer.is_global_zero:
             from clip_train.evaluation.picture import draw_retrieval
@@ -112,15 +137,20 @@ class Validation(Callback):
                 log.info("drew %s", self.picture)
 
 
-def check_best_metric(metric: str | None, sets: Iterable[str]) -> None:
+def check_best_metric(metric: str | None, sets: Iterable[str], labelled: Iterable[str] = ()) -> None:
     """Refuse a `checkpoint.best_metric` that no evaluation of these sets measures.
 
     Raises:
         ConfigError: it names those there are.
     """
     known = [f"val/{name}/{key}" for name in sets for key in METRICS]
+    known += [f"zero_shot/{name}/{key}" for name in labelled for key in zero_shot.METRICS]
     if metric is not None and metric not in known:
-        there_are = f"there are {', '.join(known)}" if known else "there is no validation set: give data.val.shards"
+        there_are = (
+            f"there are {', '.join(known)}"
+            if known
+            else "there is no validation set: give data.val.shards or eval.zero_shot"
+        )
         raise ConfigError(f"checkpoint.best_metric={metric}: no such metric; {there_are}")
 
 

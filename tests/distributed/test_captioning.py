@@ -67,7 +67,7 @@ def loss_and_gradients(rank: int, ranks: int, mean: bool) -> list[Tensor]:
     if mean:
         loss = mean_token_loss(inputs[2], COUNTS[mine], group)
     else:
-        loss = captioning_loss(*inputs, COUNTS[mine], scale, caption_weight=0.7, group=group)
+        loss = captioning_loss(inputs[0], inputs[1], inputs[2], COUNTS[mine], scale, caption_weight=0.7, group=group)
     wanted = inputs[2:] if mean else [*inputs, scale]
     return [loss.detach(), *torch.autograd.grad(loss, wanted)]
 

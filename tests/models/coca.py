@@ -35,7 +35,7 @@ def open_clip_coca() -> Any:
         attn_pooler_heads=4,
         output_tokens=True,
     )
-    size = {"context_length": 16, "width": 64, "heads": 2, "layers": 2}
+    size: dict[str, Any] = {"context_length": 16, "width": 64, "heads": 2, "layers": 2}
     text = open_clip.CLIPTextCfg(**size, embed_cls=True, output_tokens=True)
     model = open_clip.CoCa(64, open_clip.coca_model.MultimodalCfg(**size), text, vision)
     torch.nn.init.normal_(model.text_decoder.text_projection, std=0.1)  # it leaves it as the memory was

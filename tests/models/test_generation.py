@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -73,7 +74,13 @@ def test_enough_beams_find_the_most_probable_caption(model, min_length):
 
 @pytest.mark.parametrize("generation_type", ["top_p", "top_k"])
 def test_nothing_is_drawn_from_outside(model, generation_type):
-    options = {"generation_type": generation_type, "top_p": 0.6, "top_k": 2, "min_length": 0, "max_length": 6}
+    options: dict[str, Any] = {
+        "generation_type": generation_type,
+        "top_p": 0.6,
+        "top_k": 2,
+        "min_length": 0,
+        "max_length": 6,
+    }
     rows = [generate(model, pixels(), CaptionOptions(**options, seed=seed)) for seed in range(20)]
     drawn = {(number, *until_end(row)) for found in rows for number, row in enumerate(found)}
     assert len(drawn) > 6  # it does draw
@@ -85,7 +92,7 @@ def test_nothing_is_drawn_from_outside(model, generation_type):
 
 
 def test_a_seed_decides_and_leaves_the_random_numbers_of_others_alone(model):
-    options = {"generation_type": "top_p", "top_p": 1.0, "temperature": 2.0, "max_length": 16}
+    options: dict[str, Any] = {"generation_type": "top_p", "top_p": 1.0, "temperature": 2.0, "max_length": 16}
     torch.manual_seed(5)
     first = generate(model, pixels(), CaptionOptions(**options, seed=1))
     drawn = torch.rand(3)
@@ -100,10 +107,10 @@ def test_a_seed_decides_and_leaves_the_random_numbers_of_others_alone(model):
 def test_lengths_and_repetition(model):
     long = generate(model, pixels(), CaptionOptions(num_beams=2, min_length=8, max_length=12, repetition_penalty=5.0))
     assert all(8 <= len(until_end(row)) <= 12 for row in long)
-    greedy = {"num_beams": 1, "min_length": 10, "max_length": 11}
+    greedy: dict[str, Any] = {"num_beams": 1, "min_length": 10, "max_length": 11}
     words = [
         [len(set(until_end(row)[1:])) for row in generate(model, pixels(), CaptionOptions(**greedy, **more))]
-        for more in ({}, {"repetition_penalty": 50.0})
+        for more in [{}, {"repetition_penalty": 50.0}]
     ]
     assert sum(words[1]) > sum(words[0])
 

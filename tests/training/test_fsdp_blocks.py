@@ -28,6 +28,14 @@ def test_the_blocks_of_each_family(config, vision, text):
     assert kinds(model.text) == text
 
 
+def test_the_blocks_of_a_decoder():
+    with torch.device("meta"):
+        model = create_dual_encoder(**load_config("coca_vit_b_32"))
+    assert kinds(model.vision) == {"Block": 12}
+    assert kinds(model.text) == {"CLIPEncoderLayer": 12}
+    assert kinds(model.get_submodule("decoder")) == {"Block": 24}
+
+
 def kinds(tower: nn.Module) -> dict[str, int]:
     """How many blocks of each kind; each once, inner ones first, and all but a little of the weights in them."""
     blocks = repeated_blocks(tower)

@@ -14,6 +14,7 @@ from clip_train.models.layers import hidden_matrices
 from clip_train.training.optimizer import OPTIMIZERS, build_optimizer, set_rates, with_settings_of
 from tests.checkpoints.states import assert_equal, state_of
 from tests.checkpoints.test_folder import save
+from tests.models.coca import our_coca
 from tests.models.test_dual_encoder import TINY, random_batch
 
 ADAMW = {"name": "adamw", "lr": 1e-3, "weight_decay": 0.2, "betas": [0.9, 0.98], "eps": 1e-6}
@@ -99,6 +100,20 @@ def test_layer_decay():
     assert rate["text.trunk.encoder.layers.0.layer_norm1.weight"] == 2.5e-4
     assert rate["text.trunk.embeddings.position_embedding.weight"] == 1.25e-4
     assert {rate[name] for name in rate if not name.startswith("text")} == {1e-3}
+
+
+def test_a_decoder_learns_at_the_rate_of_the_run_and_its_matrices_by_muon():
+    model = our_coca()  # two layers in each tower
+    towers = {"vision": {"layer_decay": 0.5}, "text": {"lr": 4e-4, "layer_decay": 0.5}}
+    rate = by_name(model, build_optimizer(model, ADAMW | towers, fused=True), "lr")
+    assert {rate[name] for name in rate if name.startswith("decoder")} == {1e-3}
+    assert rate["vision.pooler.query"] == rate["vision.norm.bias"] == rate["vision.projection.weight"] == 1e-3
+    assert (rate["vision.trunk.blocks.1.mlp.fc1.weight"], rate["text.cls_emb"]) == (5e-4, 5e-5)
+    fallback = by_name(model, build_optimizer(model, settings("muon"), fused=True), "use_fallback")
+    for row in ("self_blocks", "cross_blocks"):
+        for name in ("attn.in_proj_weight", "attn.out_proj.weight", "mlp.fc1.weight"):
+            assert not fallback[f"decoder.{row}.1.{name}"]
+    assert fallback["decoder.head.weight"] and fallback["vision.pooler.query"] and fallback["decoder.norm.weight"]
 
 
 def test_muon_is_for_hidden_matrices_and_adamw_for_the_rest():

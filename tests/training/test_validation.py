@@ -34,7 +34,7 @@ def test_a_picture_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog)
             return torch.zeros(8, 8, 3, dtype=torch.uint8).numpy(), "a caption"
 
     settings = {"every_samples": None, "batch_size": 1, "num_workers": 0, "metrics": cast(Any, None), "after": []}
-    validation = Validation({}, picture=tmp_path / "gone" / "retrieval.png", **settings)
+    validation = Validation({}, {}, picture=tmp_path / "gone" / "retrieval.png", **settings)
     trainer, pairs = cast(Any, SimpleNamespace(is_global_zero=True)), cast(Any, Pairs())
     with caplog.at_level(logging.ERROR):
         validation._draw(trainer, "title", pairs, Features(torch.eye(2), torch.eye(2)))

@@ -1,0 +1,96 @@
+"""The names of a labelled set's classes and the templates that make captions of them, from files beside its shards."""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from clip_train.data.beside import read_if_there, sibling
+from clip_train.data.remote import scheme_of
+from clip_train.errors import DataError
+
+LABEL_EXTENSION = "cls"
+CLASSES_JSON, NAMES_TXT, TEMPLATES_TXT = "classes.json", "classnames.txt", "zeroshot_classification_templates.txt"
+DEFAULT_TEMPLATE = "a photo of a {}."
+
+_GAP = re.compile(r"\{c?\}")  # clip-benchmark writes {c}
+
+
+@dataclass(frozen=True)
+class ClassNames:
+    """Label n is the class `names[n]`; each template has `{}` where the name goes."""
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def captions(self, label: int) -> list[str]:
+        """The class's name in every template."""
+        return [_GAP.sub(lambda _: self.names[label], template) for template in self.templates]
+
+
+def read_class_names(
+    address: str | None, shard: str, setting: str = "data.classes", retries: int = 10, timeout: float = 60.0
+) -> ClassNames:
+    """Read `classes.json`, or `classnames.txt` with `zeroshot_classification_templates.txt` as clip-benchmark has them.
+
+    Args:
+        address: of the json, of the names, or of their folder, here or elsewhere; None looks beside the shard and in
+            the folder above, where clip-benchmark has them.
+        shard: path or address of the set's first shard.
+        setting: the config key, for errors.
+        retries, timeout: see `read_if_there`.
+
+    Raises:
+        DataError: there are no such files, or they do not say what they should.
+    """
+    read = {"retries": retries, "timeout": timeout}
+    if address is None:
+        tried = [] if scheme_of(shard) == "pipe" else [sibling(shard, "_"), sibling(shard, "../_")]
+    elif address.endswith((".json", ".txt")):
+        content = read_if_there(address, **read)
+        if content is None:
+            raise DataError(f"{setting}={address}: there is no such file")
+        return _from_json(content, address) if address.endswith(".json") else _from_lines(content, address, read)
+    else:
+        tried = [f"{address.rstrip('/')}/_"]
+    for place in tried:
+        for name in (CLASSES_JSON, NAMES_TXT):
+            found = sibling(place, name)
+            if (content := read_if_there(found, **read)) is not None:
+                return _from_json(content, found) if name == CLASSES_JSON else _from_lines(content, found, read)
+    where = f"beside {shard}, nor in the folder above" if address is None else f"in {address}"
+    raise DataError(f"no {CLASSES_JSON} or {NAMES_TXT} {where}: give {setting}, the path of one")
+
+
+def _from_json(content: bytes, address: str) -> ClassNames:
+    try:
+        value: Any = json.loads(content)
+        names, templates = value["classnames"], value.get("templates") or [DEFAULT_TEMPLATE]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DataError(f'{address} is not JSON of the form {{"classnames": [...], "templates": [...]}}') from error
+    return _checked(names, templates, address)
+
+
+def _from_lines(content: bytes, address: str, read: dict[str, Any]) -> ClassNames:
+    templates = read_if_there(sibling(address, TEMPLATES_TXT), **read)
+    try:
+        return _checked(_lines(content), _lines(templates or DEFAULT_TEMPLATE.encode()), address)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{address} or the templates beside it are not UTF-8") from error
+
+
+def _lines(content: bytes) -> list[str]:
+    return [line.strip() for line in content.decode("utf-8").splitlines() if line.strip()]
+
+
+def _checked(names: Any, templates: Any, address: str) -> ClassNames:
+    for what, values in (("class names", names), ("templates", templates)):
+        if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
+            raise DataError(f"{address}: its {what} are not a list of texts")
+    for template in templates:
+        if not _GAP.search(template):
+            raise DataError(f"{address}: the template {template!r} has no {{}} for the class name")
+    return ClassNames(tuple(names), tuple(templates))
