@@ -60,8 +60,8 @@ class Teacher:
 
     @torch.no_grad()
     def _encode(self, images: Tensor, texts: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
-        parts = [self.model(*pairs) for pairs in zip(images.split(at_once), texts.split(at_once))]
-        image, text = zip(*parts)
+        image = [self.model.encode_image(part) for part in images.split(at_once)]
+        text = [self.model.encode_text(part) for part in texts.split(at_once)]
         return torch.cat(image), torch.cat(text)
 
 
