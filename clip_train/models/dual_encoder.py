@@ -178,7 +178,8 @@ def create_dual_encoder(
         model = create_captioner(embed_dim, image_size, quick_gelu, **towers, settings=settings)
     if grad_checkpointing:
         for part in model.children():
-            part.enable_grad_checkpointing()  # pyright: ignore[reportCallIssue]
+            if not isinstance(part, nn.Identity):  # the place of an adapter
+                part.enable_grad_checkpointing()  # pyright: ignore[reportCallIssue]
     return model
 
 

@@ -37,7 +37,7 @@ def test_a_teacher_named_by_its_config_and_those_that_do_not_fit(weights, make_s
         ((*teacher, "model.image_size=64"), "distill: the teacher's model.image_size is 32, the student's 64"),
         ((*teacher, "model.text.context_length=16"), "the teacher's model.text.context_length is 12, the student's 16"),
         ((*teacher, "distill.loss_weight=-1"), "distill.loss_weight=-1 is not a number of at least 0"),
-        ((*teacher, f"init_from={weights}", *labelled), "distill compares pictures with texts, finetune=prompt takes image and label"),
+        ((*teacher, f"init_from={weights}", *labelled), "pictures with texts, finetune=prompt takes image and label"),
         (("distill.weights=absent.pt", "distill.model=vit_tiny"), "distill: weights=absent.pt"),
     ):
         refused = clip_train(*run, *overrides)
