@@ -16,6 +16,7 @@ from clip_train.interop.loading import load_weights
 from clip_train.interop.reading import Weights, read_weights
 from clip_train.models import create_dual_encoder
 from clip_train.models.adaptation import adapt, method_of
+from clip_train.models.locking import fixed_names
 
 log = logging.getLogger(__name__)
 
@@ -104,10 +105,10 @@ def read_base(base: Base, name: str) -> Weights:
 
 
 def _load_learned(model: nn.Module, found: Weights, name: str) -> None:
-    expected, shapes = model.state_dict(), {key: tuple(tensor.shape) for key, tensor in found.tensors.items()}
-    differing = weight_differences({key: tuple(expected[key].shape) for key in shapes if key in expected}, shapes)
-    if differing:
-        raise ConfigError(f"{name} does not fit what its config says was added: {differing}")
+    fixed = fixed_names(model)
+    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if key not in fixed}
+    if differences := weight_differences(expected, {key: tuple(x.shape) for key, x in found.tensors.items()}):
+        raise ConfigError(f"{name} does not fit what its config says was added: {differences}")
     model.load_state_dict(found.tensors, strict=False)
 
 
@@ -122,7 +123,7 @@ def interpolated(base: Weights, tuned: Weights, alpha: float, name: str) -> Weig
     Raises:
         ConfigError: alpha is no share, or the weights are of two models.
     """
-    if not 0 <= alpha <= 1:
+    if not isinstance(alpha, int | float) or not 0 <= alpha <= 1:
         raise ConfigError(f"alpha={alpha} is a share: give at least 0 and at most 1")
     shapes = [{key: tuple(tensor.shape) for key, tensor in side.tensors.items()} for side in (tuned, base)]
     if differences := weight_differences(*shapes):
@@ -133,7 +134,7 @@ def interpolated(base: Weights, tuned: Weights, alpha: float, name: str) -> Weig
         key: torch.lerp(base.tensors[key].float(), tensor.float(), alpha) if tensor.is_floating_point() else tensor
         for key, tensor in tuned.tensors.items()
     }
-    return replace(tuned, tensors=mixed)
+    return replace(tuned, tensors=mixed, quick_gelu=base.quick_gelu if tuned.quick_gelu is None else tuned.quick_gelu)
 
 
 def from_scratch(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,11 @@ def adapt(model: Any, settings: Settings, task: Task | None = None) -> Any:
         ConfigError: there is no such method, or it refuses its settings.
     """
     method = method_of(settings)
+    if method.classifies and task is None:
+        raise ConfigError(
+            f"finetune={settings['method']} learned to tell its classes, which is not part of a model of images and"
+            " texts: take the weights of its base"
+        )
     adapted = method.adapt(model, settings, task) if method.classifies else method.adapt(model, settings)
     if not settings.get("train_logit_scale", True):
         freeze_logits(model)

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from clip_train.data.preprocessing import INTERPOLATIONS, RESIZE_MODES
 from clip_train.data.tokenizer import LONG_CAPTIONS
 from clip_train.errors import ConfigError
+from clip_train.models.adaptation import method_of
 from clip_train.models.dual_encoder import INITIAL_LOGIT_SCALE
 from clip_train.training.launch import World
 from clip_train.training.optimizer import OPTIMIZERS, TOWERS
@@ -43,6 +44,12 @@ _NUMBERS: tuple[tuple[str, type, float], ...] = (
     ("optim.text.layer_decay", Real, 0),
     ("optim.fallback.lr_scale", Real, 0),
     ("optim.fallback.eps", Real, 0),
+    ("finetune.unlocked_groups", int, 0),
+    ("finetune.rank", int, 1),
+    ("finetune.alpha", Real, 0),
+    ("finetune.dropout", Real, 0),
+    ("finetune.ratio", Real, 0),
+    ("finetune.reduction", int, 1),
     ("schedule.end_factor", Real, 0),
     ("schedule.cooldown_power", Real, 0),
     ("schedule.period_factor", Real, 1),
@@ -79,6 +86,8 @@ _SHARES = (
     "optim.vision.layer_decay",
     "optim.text.layer_decay",
     "schedule.end_factor",
+    "finetune.dropout",
+    "finetune.ratio",
     "ema.decay",
 )
 # What some choices of these groups have and others have not, or a config of before there were any.
@@ -92,6 +101,7 @@ _OPTIONAL = (
     "ema.",
     "distill.",
     "loss.",
+    "finetune.",
 )
 _DEFAULTS = {"model.init_logit_scale": INITIAL_LOGIT_SCALE}  # a model config of the user's need not have it
 _ABSENT = object()
@@ -137,8 +147,11 @@ def check_config(cfg: DictConfig, world: World) -> None:
     for key in _SHARES:
         if (OmegaConf.select(cfg, key) or 0) > 1:
             raise ConfigError(f"{key}={OmegaConf.select(cfg, key)} is a share: give at most 1")
+    if cfg.get("init_from_ema") and not cfg.init_from:
+        raise ConfigError("init_from_ema=true says nothing without init_from: give init_from=CHECKPOINT")
     _check_logits(cfg)
     _check_decoder(cfg)
+    _check_finetune(cfg)
     _check_fsdp(cfg)
     if rest := cfg.batch_size % world.size:
         below, above = cfg.batch_size - rest, cfg.batch_size - rest + world.size
@@ -172,6 +185,16 @@ def _check_logits(cfg: DictConfig) -> None:
             f"model.init_logit_bias={bias}: loss={loss.removesuffix('_loss')} has no bias, it would cancel;"
             " leave it null, or take loss=sigmoid"
         )
+
+
+def _check_finetune(cfg: DictConfig) -> None:
+    if cfg.get("finetune") is None or not method_of(dict(cfg.finetune)).classifies:
+        return
+    name = cfg.finetune.method
+    if cfg.model.get("decoder") is not None:
+        raise ConfigError(f"finetune={name} goes with a model of two towers: give model.decoder=null")
+    if cfg.get("distill") is not None:
+        raise ConfigError(f"finetune={name} learns from labels, and not from a teacher: leave distill out")
 
 
 def _check_decoder(cfg: DictConfig) -> None:

@@ -41,7 +41,7 @@ def prepare(model: DualEncoder, cfg: DictConfig, data: ClipDataModule) -> Any:
     return _classifier(model, settings, data)
 
 
-def _classifier(model: DualEncoder, settings: dict, data: ClipDataModule) -> nn.Module:
+def _classifier(model: DualEncoder, settings: dict, data: ClipDataModule) -> Any:
     adapted = adapt(model, settings, Task(data.class_names, data.batches.tokenizer))
     if adapted.own_classes_only:
         for name, batches in data.zero_shot_sets.items():

@@ -130,6 +130,8 @@ def _summary(trainer: L.Trainer, plan: RunPlan, callbacks: RunCallbacks) -> dict
         "steps": trainer.global_step,
         "samples_per_second": metrics.samples_per_second,
         "world_size": plan.world.size,
+        "parameters": sum(p.numel() for p in module.parameters()),
+        "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "micro_batch_size": module.micro_batch_size,
         "longest_checkpoint_stall_seconds": callbacks.checkpointing.longest_stall,
         "rollbacks": callbacks.guard.rollbacks,

@@ -1,6 +1,7 @@
 """The table a run begins with: what will be trained, on what, for how long."""
 
 import logging
+from collections.abc import Mapping, Sized
 
 from omegaconf import DictConfig
 from rich.console import Console
@@ -44,7 +45,8 @@ def _table(cfg: DictConfig, folder: RunFolder, module: ClipModule, data: ClipDat
         "samples": f"{order.num_samples:,} in {num_shards:,} shards",
         "length": f"{clock.total_samples:,} samples = {steps:,} steps = {epochs:.4g} epochs",
         "optimizer": _optimizer(cfg, module),
-        "validation": ", ".join(f"{name} ({len(pairs):,})" for name, pairs in data.val_sets.items()) or "none",
+        "validation": _sets(data.val_sets),
+        **({"zero-shot": _sets(data.zero_shot_sets)} if data.zero_shot_sets else {}),
         "devices": f"{world.size} x {world.accelerator} on {world.num_nodes} node(s), {cfg.trainer.precision}",
         "loader": f"{data.num_workers} worker(s) per process",
     }
@@ -58,6 +60,10 @@ def _table(cfg: DictConfig, folder: RunFolder, module: ClipModule, data: ClipDat
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _sets(sets: Mapping[str, Sized]) -> str:
+    return ", ".join(f"{name} ({len(samples):,})" for name, samples in sets.items()) or "none"
 
 
 def _learned(cfg: DictConfig, total: int, vision: int, text: int, learned: int) -> dict[str, str]:

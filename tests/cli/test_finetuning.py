@@ -118,8 +118,13 @@ def test_another_base_or_none_is_refused(folder, tmp_path):
     assert "goes onto another base" in refused(
         clip_export(f"weights={moved}", f"output={tmp_path / 'no.safetensors'}", f"base={other}")
     )
-    for method, said in (("lora", "finetune=lora adds to weights"), ("lit", "finetune=lit locks random weights")):
-        assert said in refused(train(tmp_path, "run", f"finetune={method}", "max_steps=1"))
+    for keys, said in (
+        (["finetune=lora"], "finetune=lora adds to weights that were trained: give init_from=WEIGHTS"),
+        (["finetune=lit"], "finetune=lit locks random weights"),
+        (["finetune=lit", "finetune.unlocked_groups=-1"], "finetune.unlocked_groups=-1 is not a whole number"),
+        (["init_from_ema=true"], "init_from_ema=true says nothing without init_from"),
+    ):
+        assert said in refused(train(tmp_path, "run", "max_steps=1", *keys))
     assert not (tmp_path / "run").exists()
 
 

@@ -142,6 +142,12 @@ def test_settings_that_cannot_be(settings, message):
         adapted(**settings)
 
 
+@pytest.mark.parametrize("settings", [PROMPT, PROBE])
+def test_what_was_learned_of_classes_is_not_exported(settings):
+    with pytest.raises(ConfigError, match="which is not part of a model of images and texts: take the weights of its"):
+        adapt(create_dual_encoder(**TINY), settings)
+
+
 def test_another_text_tower_takes_no_vectors():
     siglip = {**TINY, "text": {**TINY["text"], "name": "siglip", "proj": "none", "width": 32}}
     with pytest.raises(ConfigError, match="finetune=prompt puts vectors into CLIP's text tower"):

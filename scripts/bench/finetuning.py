@@ -1,0 +1,185 @@
+"""What each way of fine-tuning gives: accuracy, trainable parameters, time per step, memory.
+
+    uv run python scripts/bench/finetuning.py --data /data --work /tmp/finetuning --out docs/benchmarks/finetuning.md
+
+DATA holds the folders flickr8k_train, fashion_train, fashion_val and grocery81 of shards. A small model is pretrained
+on the first; each method then adapts it to the others by `clip-train finetune=METHOD`, the command that users run.
+Runs that are complete in WORK are not run again.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import webdataset as wds
+from measure import describe_machine, markdown_table
+
+from clip_train.data.files import write_atomic
+from clip_train.training.csv_logger import read_metrics
+
+MODEL = ["model=vit_tiny", "model.text.context_length=20", "trainer.accelerator=cpu", "trainer.precision=32"]
+COMMON = [*MODEL, "data.num_workers=0", "logger=[csv]", "trainer.log_every=1", "eval.picture=false"]
+PRETRAINING = ["data.caption_key=json\\:captions", "batch_size=128", "max_epochs=20", "optim.lr=1e-3"]
+PRETRAINING += ["optim.weight_decay=0.1", "optim.warmup=6%", "eval.every=null"]
+EPOCHS = {"fashion": 5, "grocery": 20}
+FASHION = {"train": 2000, "val": 1000}
+TEMPLATES = ["a photo of {}.", "a picture of {}.", "{}."]
+
+
+class Method(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        name: for people.
+        settings: overrides of `clip-train`.
+    """
+
+    name: str
+    settings: list[str]
+
+
+CLASSES = "data.caption_key=cls"
+METHODS = [
+    Method("none", ["finetune=flyp", "optim.lr=0", "max_steps=1"]),
+    Method("adapter", ["finetune=adapter", CLASSES, "optim.lr=1e-2"]),
+    Method("prompt (CoOp)", ["finetune=prompt", "finetune.n_ctx=4", "optim.lr=1e-2"]),
+    Method("prompt (CoOp, per class)", ["finetune=prompt", "finetune.n_ctx=4", "finetune.csc=true", "optim.lr=1e-2"]),
+    Method("cocoop", ["finetune=cocoop", "optim.lr=1e-2", "micro_batch_size=16"]),
+    Method("linear_probe", ["finetune=linear_probe", "optim.lr=1e-1"]),
+    Method("lit (image tower locked)", ["finetune=lit", CLASSES, "optim.lr=1e-3"]),
+    Method("lora", ["finetune=lora", CLASSES, "optim.lr=3e-3"]),
+    Method("lora (DoRA)", ["finetune=lora", "finetune.use_dora=true", CLASSES, "optim.lr=3e-3"]),
+    Method("full", ["finetune=full", CLASSES, "optim.lr=1e-3"]),
+    Method("flyp", ["finetune=flyp", "optim.lr=1e-3"]),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder of the sets")
+    parser.add_argument("--work", type=Path, required=True, help="where shards and runs go")
+    parser.add_argument("--out", type=Path, help="where to write the table")
+    parser.add_argument("--only", default="", help="methods whose name contains this")
+    args = parser.parse_args()
+    base = pretrain(args.data, args.work)
+    sets = {"fashion": write_fashion(args.data, args.work), "grocery": write_grocery(args.data, args.work)}
+    rows = [row for method in METHODS if args.only in method.name for row in [measure(method, base, sets, args.work)]]
+    header = [
+        "method",
+        "learns",
+        "share",
+        "checkpoint MB",
+        "ms per step",
+        "peak MB",
+        *(f"{name} top-1" for name in sets),
+    ]
+    machine = "".join(f"- {key}: {value}\n" for key, value in describe_machine().items())
+    report = f"{machine}\n{markdown_table(header, rows)}"
+    print(report)
+    if args.out:
+        write_atomic(args.out, report.encode())
+
+
+def pretrain(data: Path, work: Path) -> Path:
+    """A small model that has seen everyday photos and their captions; its checkpoint."""
+    train(work, "base", [f"data.train.shards={data}/flickr8k_train/*.tar", *PRETRAINING])
+    return newest_checkpoint(work / "base")
+
+
+def write_fashion(data: Path, work: Path) -> Path:
+    """Product photos with their subcategory as label, as a labelled set."""
+    train, val = (list(islice(samples(data / f"fashion_{part}"), count)) for part, count in FASHION.items())
+    names = sorted({json.loads(sample["json"])["subcategory"] for sample in train})
+    labels = {name: number for number, name in enumerate(names)}
+    for part, content in (("train", train), ("val", val)):
+        named = ((sample, json.loads(sample["json"])["subcategory"]) for sample in content)
+        write_set(work / "fashion" / part, [(s, labels[name]) for s, name in named if name in labels], names)
+    return work / "fashion"
+
+
+def write_grocery(data: Path, work: Path) -> Path:
+    """Seven photos of each class to learn from, three to be asked about."""
+    names = json.loads((data / "grocery81" / "classes.json").read_text())["classnames"]
+    parts: dict[str, list] = {"train": [], "val": []}
+    seen: dict[int, int] = {}
+    for sample in samples(data / "grocery81"):
+        label = int(sample["cls"])
+        seen[label] = seen.get(label, 0) + 1
+        parts["train" if seen[label] <= 7 else "val"].append((sample, label))
+    for part, content in parts.items():
+        write_set(work / "grocery" / part, content, names)
+    return work / "grocery"
+
+
+def samples(folder: Path) -> Iterator[dict[str, Any]]:
+    return iter(wds.WebDataset([str(path) for path in sorted(folder.glob("*.tar"))], shardshuffle=False))  # pyright: ignore
+
+
+def write_set(folder: Path, content: list[tuple[dict, int]], names: list[str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "classes.json").write_text(json.dumps({"classnames": names, "templates": TEMPLATES}))
+    if (folder / "00000.tar").exists():
+        return
+    with wds.TarWriter(str(folder / "part")) as tar:  # pyright: ignore[reportPrivateImportUsage]
+        for sample, label in content:
+            tar.write({"__key__": sample["__key__"], "jpg": sample["jpg"], "cls": str(label)})
+    (folder / "part").rename(folder / "00000.tar")
+
+
+def train(work: Path, name: str, settings: list[str]) -> float:
+    """Run `clip-train` if it has not been; returns its peak memory in MB."""
+    memory = work / name / "peak_memory"
+    if not memory.exists():
+        command = [sys.executable, "-m", "clip_train.commands.train", *COMMON, f"output_dir={work}", f"run_name={name}"]
+        process = subprocess.Popen([*command, "resume=auto", *settings])
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            sys.exit(f"{name} has failed: {' '.join(settings)}")
+        memory.write_text(str(usage.ru_maxrss / 1e3))
+    return float(memory.read_text())
+
+
+def measure(method: Method, base: Path, sets: dict[str, Path], work: Path) -> list[str]:
+    """A row of the table: what is the same for both sets is that of the first."""
+    tops, first = [], []
+    for name, folder in sets.items():
+        run = f"{name}-{method.name.replace(' ', '-').replace(',', '')}"
+        length = (
+            []
+            if any(setting.startswith("max_steps") for setting in method.settings)
+            else [f"max_epochs={EPOCHS[name]}"]
+        )
+        shards = [f"data.train.shards={folder}/train/*.tar", f"eval.zero_shot={{{name}: '{folder}/val/*.tar'}}"]
+        peak = train(work, run, [f"init_from={base}", *shards, "batch_size=64", *length, *method.settings])
+        metrics = json.loads((work / run / "summary.json").read_text())["metrics"]
+        tops.append(f"{metrics[f'zero_shot/{name}/top1']:.1%}")
+        first = first or [*sizes(work / run), f"{milliseconds_per_step(work / run):.0f}", f"{peak:.0f}"]
+    return [method.name, *first, *tops]
+
+
+def sizes(run: Path) -> tuple[str, str, str]:
+    """Weights that learn, their share of all, and what a checkpoint's weights take."""
+    summary = json.loads((run / "summary.json").read_text())
+    learns, share = summary["trainable_parameters"], summary["trainable_parameters"] / summary["parameters"]
+    megabytes = (newest_checkpoint(run) / "model.safetensors").stat().st_size / 1e6
+    return f"{learns:,}", f"{share:.2%}", f"{megabytes:.2f}"
+
+
+def milliseconds_per_step(run: Path) -> float:
+    rows = read_metrics(run / "metrics.csv")[1]
+    return median(1e3 * 64 / float(row["train/samples_per_second"]) for row in rows if row["train/samples_per_second"])
+
+
+def newest_checkpoint(run: Path) -> Path:
+    return max((run / "checkpoints").glob("*.ckpt"))
+
+
+if __name__ == "__main__":
+    main()
