@@ -35,9 +35,9 @@ Group = dist.ProcessGroup | None
 def distillation_loss(
     image: Float[Tensor, "b dim"],
     text: Float[Tensor, "b dim"],
+    logit_scale: Float[Tensor, ""],
     teacher_image: Float[Tensor, "b teacher_dim"],
     teacher_text: Float[Tensor, "b teacher_dim"],
-    logit_scale: Float[Tensor, ""],
     teacher_logit_scale: Float[Tensor, ""],
     *,
     group: Group = None,
@@ -49,8 +49,8 @@ def distillation_loss(
 
     Args:
         image, text: unit vectors of this rank's pairs by the student; every rank has equally many.
-        teacher_image, teacher_text: the same pairs by the teacher, which gets no gradient; of any width.
-        logit_scale, teacher_logit_scale: the inverse temperatures.
+        logit_scale: the student's inverse temperature.
+        teacher_image, teacher_text, teacher_logit_scale: the same of the teacher, which gets no gradient; of any width.
         group: the ranks that share the batch; all by default. Texts are collected from them, O(B D) memory.
         matmul_dtype: as of `contrastive_loss`.
 

@@ -50,7 +50,9 @@ class Teacher:
         scale = self.model.logit_scale.exp()
 
         def with_teacher(*features: Tensor, logit_scale: Tensor, **others: Tensor) -> Tensor:
-            distance = distillation_loss(*features[:2], image, text, logit_scale, scale, matmul_dtype=self.matmul_dtype)
+            distance = distillation_loss(
+                features[0], features[1], logit_scale, image, text, scale, matmul_dtype=self.matmul_dtype
+            )
             self.latest = distance.detach()
             return loss(*features, logit_scale=logit_scale, **others) + self.loss_weight * distance
 

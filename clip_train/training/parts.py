@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -47,15 +47,19 @@ def make_module(cfg: DictConfig, clock: Clock, model: Any, adapter_only: bool = 
     """The model, ready to be trained, and how it is trained."""
     micro_batch_size = None if cfg.micro_batch_size == "auto" else cfg.micro_batch_size
     optim, schedule, loss = plain(cfg.optim), plain(cfg.schedule), make_loss(cfg)
-    return ClipModule(
-        model, loss, optim, clock, cfg.seed, micro_batch_size, schedule, adapter_only, teacher=make_teacher(cfg)
-    )
+    teacher = make_teacher(cfg, model.batch_keys)
+    return ClipModule(model, loss, optim, clock, cfg.seed, micro_batch_size, schedule, adapter_only, teacher)
 
 
-def make_teacher(cfg: DictConfig) -> Teacher | None:
-    """The model that `distill` says to learn from."""
+def make_teacher(cfg: DictConfig, batch_keys: Sequence[str]) -> Teacher | None:
+    """The model that `distill` says to learn from. Raises ConfigError if the student is not trained on pairs."""
     if cfg.get("distill") is None:
         return None
+    if tuple(batch_keys) != ("image", "text"):
+        raise ConfigError(
+            f"distill compares pictures with texts, finetune={cfg.finetune.method} takes {' and '.join(batch_keys)}:"
+            " leave one of them out"
+        )
     return open_teacher(plain(cfg.distill), plain(cfg.model), _matmul_dtype(cfg))
 
 

@@ -10,9 +10,9 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from omegaconf import DictConfig, OmegaConf
 
 from clip_train.commands.program import config_dir
+from clip_train.models.adaptation import adapt
 from clip_train.training.config_check import check_config
 from clip_train.training.durations import RUN_LENGTH_KEYS, Clock
-from clip_train.training.finetuning import prepare
 from clip_train.training.launch import World
 from clip_train.training.optimizer import build_optimizer
 from clip_train.training.parts import make_loss, make_model, plain
@@ -89,7 +89,8 @@ def test_names_its_source_data_and_expected_accuracy(name):
 def test_its_model_can_be_built_and_trained(name):
     cfg = composed(name, *WITHOUT_HUB.get(name, ()))
     with torch.device("meta"):
-        model = prepare(make_model(cfg), cfg)
+        model = make_model(cfg)
+        model = model if cfg.get("finetune") is None else adapt(model, plain(cfg.finetune))
     build_optimizer(model, plain(cfg.optim), fused=False)
     assert any(parameter.requires_grad for parameter in model.parameters())
 

@@ -17,40 +17,46 @@ from tests.losses import references
 from tests.losses.references import KINDS, unit_vectors
 from tests.ranks import pool_group
 
-
-def inputs_of(kind: str, count: int, dtype=torch.float64) -> list[Tensor]:
-    """Features of a student of 7 numbers and of a teacher of 11, and both scales."""
-    features = (*unit_vectors(kind, count, 7), *unit_vectors(kind, count, 11, seed=1))
-    return [*features, torch.tensor(14.3, dtype=dtype), torch.tensor(60.0, dtype=dtype)]
+Model = tuple[Tensor, Tensor, Tensor]  # images, texts, scale
 
 
-def on_one_rank(ranks: int, inputs: list[Tensor], dtype) -> tuple[float, list[Tensor]]:
+def model_of(kind: str, count: int, dim: int, scale: float, seed: int = 0) -> Model:
+    image, text = unit_vectors(kind, count, dim, seed)
+    return image, text, torch.tensor(scale, dtype=torch.float64)
+
+
+def share_of(model: Model, ranks: int, dtype) -> Model:
+    """What this rank has of the batch, by copies."""
+    b, rank = len(model[0]) // ranks, group_rank(pool_group(ranks))
+    image, text = (x[rank * b : (rank + 1) * b].to(dtype).clone() for x in model[:2])
+    return image, text, model[2].to(dtype).clone()
+
+
+def on_one_rank(ranks: int, student: Model, teacher: Model, dtype) -> tuple[float, list[Tensor]]:
     """The loss, and this rank's gradients of the student's features and scale."""
-    group = pool_group(ranks)
-    b = len(inputs[0]) // ranks
-    own = slice(group_rank(group) * b, (group_rank(group) + 1) * b)
-    image, text, *teacher, scale, teacher_scale = ((x[own] if x.ndim else x).to(dtype) for x in inputs)
-    leaves = [x.requires_grad_() for x in (image, text, scale)]
-    value = distillation_loss(*leaves[:2], *teacher, leaves[2], teacher_scale, group=group)
+    own, target = share_of(student, ranks, dtype), share_of(teacher, ranks, dtype)
+    for leaf in own:
+        leaf.requires_grad_()
+    value = distillation_loss(*own, *target, group=pool_group(ranks))
     value.backward()
-    return value.item(), [x.grad.double() for x in leaves if x.grad is not None]
+    return value.item(), [x.grad.double() for x in own if x.grad is not None]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("ranks", "b"), [(1, 5), (2, 1), (2, 400), (3, 7), (4, 130)])
 def test_equals_the_definition(pool, kind, ranks, b):
-    inputs = inputs_of(kind, ranks * b)
-    leaves = [inputs[place].clone().requires_grad_() for place in (0, 1, 4)]
-    expected = references.distillation(*leaves[:2], *inputs[2:4], leaves[2], inputs[5])
+    student, teacher = model_of(kind, ranks * b, 7, 14.3), model_of(kind, ranks * b, 11, 60.0, seed=1)
+    leaves: Model = tuple(x.clone().requires_grad_() for x in student)  # pyright: ignore[reportAssignmentType]
+    expected = references.distillation(*leaves, *teacher)
     expected_grads = torch.autograd.grad(expected, leaves)
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 2e-5)):
-        results = pool.run(on_one_rank, ranks, inputs, dtype, ranks=ranks)
+        results = pool.run(on_one_rank, ranks, student, teacher, dtype, ranks=ranks)
         assert len({value for value, _ in results}) == 1  # the same on every rank, to the bit
         assert results[0][0] == pytest.approx(expected.item(), rel=tolerance, abs=tolerance)
         image, text, scale = zip(*(grads for _, grads in results), strict=True)
         found = (torch.cat(image) / ranks, torch.cat(text) / ranks, torch.stack(scale).mean())
         for grad, wanted in zip(found, expected_grads, strict=True):
-            floor = tolerance * (14.3 / len(inputs[0]) ** 0.5 if wanted.ndim else 1)
+            floor = tolerance * (14.3 / (ranks * b) ** 0.5 if wanted.ndim else 1)
             assert (grad - wanted).norm() <= 10 * tolerance * wanted.norm() + floor
 
 

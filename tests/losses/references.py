@@ -18,7 +18,7 @@ def sigmoid(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
 
 
 def distillation(
-    image: Tensor, text: Tensor, teacher_image: Tensor, teacher_text: Tensor, scale: Tensor, teacher_scale: Tensor
+    image: Tensor, text: Tensor, scale: Tensor, teacher_image: Tensor, teacher_text: Tensor, teacher_scale: Tensor
 ) -> Tensor:
     logits, targets = scale * image @ text.T, teacher_scale * teacher_image @ teacher_text.T
     by_image = F.cross_entropy(logits, targets.softmax(1))
