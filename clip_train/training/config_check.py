@@ -50,6 +50,7 @@ _NUMBERS: tuple[tuple[str, type, float], ...] = (
     ("finetune.dropout", Real, 0),
     ("finetune.ratio", Real, 0),
     ("finetune.reduction", int, 1),
+    ("finetune.n_ctx", int, 1),
     ("schedule.end_factor", Real, 0),
     ("schedule.cooldown_power", Real, 0),
     ("schedule.period_factor", Real, 1),
