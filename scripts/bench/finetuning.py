@@ -18,10 +18,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-import webdataset as wds
 from measure import describe_machine, markdown_table
+from webdataset import WebDataset
+from webdataset.writer import TarWriter
 
-from clip_train.data.files import write_atomic
+from clip_train.data.files import whole_file, write_atomic
 from clip_train.training.csv_logger import read_metrics
 
 MODEL = ["model=vit_tiny", "model.text.context_length=20", "trainer.accelerator=cpu", "trainer.precision=32"]
@@ -119,7 +120,7 @@ def write_grocery(data: Path, work: Path) -> Path:
 
 
 def samples(folder: Path) -> Iterator[dict[str, Any]]:
-    return iter(wds.WebDataset([str(path) for path in sorted(folder.glob("*.tar"))], shardshuffle=False))  # pyright: ignore
+    return iter(WebDataset([str(path) for path in sorted(folder.glob("*.tar"))], shardshuffle=False))  # pyright: ignore
 
 
 def write_set(folder: Path, content: list[tuple[dict, int]], names: list[str]) -> None:
@@ -127,10 +128,9 @@ def write_set(folder: Path, content: list[tuple[dict, int]], names: list[str]) -
     (folder / "classes.json").write_text(json.dumps({"classnames": names, "templates": TEMPLATES}))
     if (folder / "00000.tar").exists():
         return
-    with wds.TarWriter(str(folder / "part")) as tar:  # pyright: ignore[reportPrivateImportUsage]
+    with whole_file(folder / "00000.tar") as file, TarWriter(file) as tar:
         for sample, label in content:
             tar.write({"__key__": sample["__key__"], "jpg": sample["jpg"], "cls": str(label)})
-    (folder / "part").rename(folder / "00000.tar")
 
 
 def train(work: Path, name: str, settings: list[str]) -> float:

@@ -1,7 +1,7 @@
 """Training batches of labelled shards."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
