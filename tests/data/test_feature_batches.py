@@ -54,7 +54,7 @@ def test_bad_samples_are_replaced_as_they_are_with_pictures(tmp_path):
     found = FeatureBatches(table, pictures)[21]
     assert found["bad"] == expected["bad"] and len(found["bad"]) == 2
     assert found["names"] == expected["names"]
-    nothing = FeatureTable(table.chunks, np.full(21, -1), dict.fromkeys(range(21), by_key["000004"]))
+    nothing = FeatureTable(table.chunks, np.full(21, -1), {n: by_key["000004"] for n in range(21)})
     assert "unusable samples in a row" in FeatureBatches(nothing, pictures)[0]["error"]
 
 

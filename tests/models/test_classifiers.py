@@ -19,6 +19,7 @@ from tests.models.test_dual_encoder import TINY, random_batch
 CLASSES = ClassNames(("apple", "red apple", "pear"), ("a photo of a {}.",))
 TASK = Task(CLASSES, ClipTokenizer(16))
 PROMPT = {"method": "prompt", "n_ctx": 4, "csc": False, "init": "a photo of a", "conditional": False}
+PROBE = {"method": "linear_probe", "features": "embedding", "head": "zeros"}
 LABELS = torch.tensor([0, 2, 1, 1])
 
 
