@@ -7,6 +7,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from clip_train.data.batches import BadSample
 from clip_train.data.feature_batches import FeatureBatches, FeatureTable, chunk_parts, write_chunk
 from clip_train.errors import DataError
 from tests.data.test_labels import labelled_batches
@@ -48,7 +49,7 @@ def test_bad_samples_are_replaced_as_they_are_with_pictures(tmp_path):
 
     pictures = labelled_batches(make_labelled(tmp_path / "set", [10, 11], damage))
     expected = pictures[21]
-    by_key = {sample.key: sample for sample in expected["bad"]}
+    by_key: dict[str, BadSample] = {sample.key: sample for sample in expected["bad"]}
     labels = [-1 if n in (4, 9) else n % 7 for n in range(21)]
     table = write_table(tmp_path / "features", labels, cast(Any, [by_key["000004"], by_key["000009"]]))
     found = FeatureBatches(table, pictures)[21]

@@ -37,7 +37,7 @@ def test_labels_and_captions_of_the_class_belong_to_the_sample(tmp_path):
     batches = labelled_batches(make_labelled(tmp_path, [10, 11]))
     seen = set()
     for start in range(0, 21 * 8, 21):
-        batch = cast(Any, batches[start])
+        batch = batches[start]
         labels = [number_of(name) % 7 for name in batch["names"]]
         assert batch["label"].dtype == torch.int64 and batch["label"].tolist() == labels
         for label, ids in zip(labels, batch["text"]):
