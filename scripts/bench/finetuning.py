@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from measure import describe_machine, markdown_table
-from webdataset import WebDataset
+from webdataset.compat import WebDataset
 from webdataset.writer import TarWriter
 
 from clip_train.data.files import whole_file, write_atomic

@@ -51,7 +51,7 @@ def test_bad_samples_are_replaced_as_they_are_with_pictures(tmp_path):
     expected = pictures[21]
     by_key: dict[str, BadSample] = {sample.key: sample for sample in expected["bad"]}
     labels = [-1 if n in (4, 9) else n % 7 for n in range(21)]
-    table = write_table(tmp_path / "features", labels, cast(Any, [by_key["000004"], by_key["000009"]]))
+    table = write_table(tmp_path / "features", labels, [by_key["000004"], by_key["000009"]])
     found = FeatureBatches(table, pictures)[21]
     assert found["bad"] == expected["bad"] and len(found["bad"]) == 2
     assert found["names"] == expected["names"]

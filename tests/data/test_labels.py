@@ -1,7 +1,7 @@
 """Training batches of labelled shards."""
 
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
