@@ -106,6 +106,8 @@ _OPTIONAL = (
 )
 _DEFAULTS = {"model.init_logit_scale": INITIAL_LOGIT_SCALE}  # a model config of the user's need not have it
 _ABSENT = object()
+# The functions of the loss group, by its choices.
+_LOSSES = {"contrastive_loss": "contrastive", "sigmoid_loss": "sigmoid", "CaptioningLoss": "captioning"}
 _LN_100 = math.log(100)
 _CHOICES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("trainer.precision", ("32", "bf16-mixed", "16-mixed", "bf16-true")),
@@ -178,12 +180,12 @@ def _check_logits(cfg: DictConfig) -> None:
     scale, bias = cfg.model.get("init_logit_scale", 0), cfg.model.get("init_logit_bias")
     if scale > _LN_100:
         raise ConfigError(f"model.init_logit_scale={scale:g} is above ln 100: it is the log of the scale")
-    loss = str(cfg.loss._target_).rpartition(".")[2]
-    if loss == "sigmoid_loss" and bias is None:
+    loss = _loss(cfg)
+    if loss == "sigmoid" and bias is None:
         raise ConfigError("loss=sigmoid learns a bias: give model.init_logit_bias a number, such as -10")
-    if loss in ("contrastive_loss", "captioning_loss") and bias is not None:
+    if loss in ("contrastive", "captioning") and bias is not None:
         raise ConfigError(
-            f"model.init_logit_bias={bias}: loss={loss.removesuffix('_loss')} has no bias, it would cancel;"
+            f"model.init_logit_bias={bias}: loss={loss} has no bias, it would cancel;"
             " leave it null, or take loss=sigmoid"
         )
 
@@ -199,12 +201,16 @@ def _check_finetune(cfg: DictConfig) -> None:
 
 
 def _check_decoder(cfg: DictConfig) -> None:
-    loss = str(cfg.loss._target_).rpartition(".")[2]
+    loss = _loss(cfg)
     decoder = cfg.model.get("decoder") is not None
-    if loss == "captioning_loss" and not decoder:
+    if loss == "captioning" and not decoder:
         raise ConfigError("loss=captioning trains a decoder, and this model has none: take model=coca_vit_b_32 or so")
-    if loss in ("contrastive_loss", "sigmoid_loss") and decoder:
+    if loss in ("contrastive", "sigmoid") and decoder:
         raise ConfigError(
-            f"loss={loss.removesuffix('_loss')} trains no decoder, and this model has one:"
-            " take loss=captioning, or model.decoder=null"
+            f"loss={loss} trains no decoder, and this model has one: take loss=captioning, or model.decoder=null"
         )
+
+
+def _loss(cfg: DictConfig) -> str | None:
+    """The choice of the loss group; None for a loss of the user's."""
+    return _LOSSES.get(str(cfg.loss._target_).rpartition(".")[2])

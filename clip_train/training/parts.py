@@ -100,7 +100,7 @@ def make_loss(cfg: DictConfig) -> Callable[..., Tensor]:
     if cfg.get("finetune") is not None and method_of(plain(cfg.finetune)).classifies:
         return ClassificationLoss()
     dtype = _matmul_dtype(cfg)
-    return instantiate(cfg.loss) if dtype is None else partial(instantiate(cfg.loss), matmul_dtype=dtype)
+    return instantiate(cfg.loss) if dtype is None else instantiate(cfg.loss, matmul_dtype=dtype)
 
 
 def _matmul_dtype(cfg: DictConfig) -> torch.dtype | None:

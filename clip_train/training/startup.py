@@ -1,11 +1,12 @@
 """The table a run begins with: what will be trained, on what, for how long."""
 
 import logging
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.launch import World
@@ -13,6 +14,10 @@ from clip_train.training.module import ClipModule
 from clip_train.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
+
+Weights = Sequence[tuple[str, nn.Parameter]]
+
+_PARTS = {"vision.": "image tower", "text.": "text tower", "decoder.": "decoder"}
 
 
 def announce(
@@ -30,17 +35,15 @@ def announce(
 
 def _table(cfg: DictConfig, folder: RunFolder, module: ClipModule, data: ClipDataModule, world: World) -> Table:
     model, clock = module.model, module.clock
-    parts = (model.vision, model.text, model)
-    vision, text, total = (sum(p.numel() for p in part.parameters()) for part in parts)
-    learned = [sum(p.numel() for p in part.parameters() if p.requires_grad) for part in parts]
+    weights = list(model.named_parameters())
     steps = clock.total_samples // clock.batch_size
     order = data.batches.order
     num_shards, epochs = len(data.batches.reader.counts), clock.total_samples / order.num_samples
     rows = {
         "run": str(folder.path),
         "model": f"{cfg.model_name} at {data.batches.image_size} px, {data.batches.tokenizer.context_length} tokens",
-        "parameters": f"{total:,} (image tower {vision:,}, text tower {text:,})",
-        **_learned(cfg, total, *learned),
+        "parameters": _counts(weights),
+        **_learned(cfg, weights),
         "batch": f"{clock.batch_size:,} = {world.size} process(es) x {clock.batch_size // world.size:,}",
         "samples": f"{order.num_samples:,} in {num_shards:,} shards",
         "length": f"{clock.total_samples:,} samples = {steps:,} steps = {epochs:.4g} epochs",
@@ -66,12 +69,21 @@ def _sets(sets: Mapping[str, Sized]) -> str:
     return ", ".join(f"{name} ({len(samples):,})" for name, samples in sets.items()) or "none"
 
 
-def _learned(cfg: DictConfig, total: int, vision: int, text: int, learned: int) -> dict[str, str]:
+def _counts(weights: Weights, total: int | None = None) -> str:
+    """Such as `1,000 = 50.00% (image tower 500, text tower 499)`, the share if a total is given."""
+    counts = {part: sum(p.numel() for name, p in weights if name.startswith(prefix)) for prefix, part in _PARTS.items()}
+    count = sum(p.numel() for _, p in weights)
+    share = "" if total is None else f" = {count / total:.2%}"
+    named = [f"{part} {count:,}" for part, count in counts.items() if count]
+    return f"{count:,}{share}" + (f" ({', '.join(named)})" if named else "")
+
+
+def _learned(cfg: DictConfig, weights: Weights) -> dict[str, str]:
     """What fine-tuning leaves free to learn."""
     if cfg.get("finetune") is None:
         return {}
-    share = f"{learned:,} = {learned / total:.2%} (image tower {vision:,}, text tower {text:,})"
-    return {"finetune": cfg.finetune.method, "trainable": share}
+    free, total = [(name, p) for name, p in weights if p.requires_grad], sum(p.numel() for _, p in weights)
+    return {"finetune": cfg.finetune.method, "trainable": _counts(free, total)}
 
 
 def _optimizer(cfg: DictConfig, module: ClipModule) -> str:

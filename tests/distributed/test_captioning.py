@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from clip_train.checkpoints.folder import list_checkpoints, read_weights
-from clip_train.losses.captioning import captioning_loss, mean_token_loss
+from clip_train.losses.captioning import CaptioningLoss, mean_token_loss
 from tests.distributed.test_fsdp import metric, train_on
 from tests.ranks import pool_group
 
@@ -67,7 +67,7 @@ def loss_and_gradients(rank: int, ranks: int, mean: bool) -> list[Tensor]:
     if mean:
         loss = mean_token_loss(inputs[2], COUNTS[mine], group)
     else:
-        loss = captioning_loss(inputs[0], inputs[1], inputs[2], COUNTS[mine], scale, caption_weight=0.7, group=group)
+        loss = CaptioningLoss(caption_weight=0.7, group=group)(inputs[0], inputs[1], inputs[2], COUNTS[mine], scale)
     wanted = inputs[2:] if mean else [*inputs, scale]
     return [loss.detach(), *torch.autograd.grad(loss, wanted)]
 

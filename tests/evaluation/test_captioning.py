@@ -11,7 +11,7 @@ from clip_train.data.preprocessing import preprocess
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.errors import ConfigError, DataError
 from clip_train.evaluation.captioning import caption_pictures, find_pictures
-from clip_train.losses import captioning_loss
+from clip_train.losses import CaptioningLoss
 from clip_train.models.captioner import Captioner
 from clip_train.models.generation import CaptionOptions
 from tests.models.coca import our_coca
@@ -43,7 +43,7 @@ def model(pictures) -> Captioner:
     ids = torch.from_numpy(ClipTokenizer(16)(list(pictures.values())))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0)
     for _ in range(130):
-        loss = captioning_loss(*model(images.permute(0, 3, 1, 2), ids), **model.logit_parameters())
+        loss = CaptioningLoss()(*model(images.permute(0, 3, 1, 2), ids), **model.logit_parameters())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
