@@ -10,6 +10,7 @@ Runs that are complete in WORK are not run again.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -27,9 +28,9 @@ from clip_train.training.csv_logger import read_metrics
 
 MODEL = ["model=vit_tiny", "model.text.context_length=20", "trainer.accelerator=cpu", "trainer.precision=32"]
 COMMON = [*MODEL, "data.num_workers=0", "logger=[csv]", "trainer.log_every=1", "eval.picture=false"]
-PRETRAINING = ["data.caption_key=json\\:captions", "batch_size=128", "max_epochs=20", "optim.lr=1e-3"]
+PRETRAINING = ["data.caption_key=json\\:captions", "batch_size=128", "max_epochs=8", "optim.lr=1e-3"]
 PRETRAINING += ["optim.weight_decay=0.1", "optim.warmup=6%", "eval.every=null"]
-EPOCHS = {"fashion": 5, "grocery": 20}
+EPOCHS = {"fashion": 3, "grocery": 12}
 FASHION = {"train": 2000, "val": 1000}
 TEMPLATES = ["a photo of {}.", "a picture of {}.", "{}."]
 
@@ -48,7 +49,7 @@ class Method(NamedTuple):
 
 CLASSES = "data.caption_key=cls"
 METHODS = [
-    Method("none", ["finetune=flyp", "optim.lr=0", "max_steps=1"]),
+    Method("none", ["finetune=flyp", "optim.lr=0"]),
     Method("adapter", ["finetune=adapter", CLASSES, "optim.lr=1e-2"]),
     Method("prompt (CoOp)", ["finetune=prompt", "finetune.n_ctx=4", "optim.lr=1e-2"]),
     Method("prompt (CoOp, per class)", ["finetune=prompt", "finetune.n_ctx=4", "finetune.csc=true", "optim.lr=1e-2"]),
@@ -147,21 +148,29 @@ def train(work: Path, name: str, settings: list[str]) -> float:
 
 
 def measure(method: Method, base: Path, sets: dict[str, Path], work: Path) -> list[str]:
-    """A row of the table: what is the same for both sets is that of the first."""
-    tops, first = [], []
-    for name, folder in sets.items():
-        run = f"{name}-{method.name.replace(' ', '-').replace(',', '')}"
-        length = (
-            []
-            if any(setting.startswith("max_steps") for setting in method.settings)
-            else [f"max_epochs={EPOCHS[name]}"]
-        )
-        shards = [f"data.train.shards={folder}/train/*.tar", f"eval.zero_shot={{{name}: '{folder}/val/*.tar'}}"]
-        peak = train(work, run, [f"init_from={base}", *shards, "batch_size=64", *length, *method.settings])
-        metrics = json.loads((work / run / "summary.json").read_text())["metrics"]
-        tops.append(f"{metrics[f'zero_shot/{name}/top1']:.1%}")
-        first = first or [*sizes(work / run), f"{milliseconds_per_step(work / run):.0f}", f"{peak:.0f}"]
-    return [method.name, *first, *tops]
+    """A row of the table; sizes, time and memory are those of the first set."""
+    name, folder = next(iter(sets.items()))
+    short = run_name("time", method)
+    peak = train(work, short, [*settings(method, base, name, folder), "max_steps=16", "eval.zero_shot=null"])
+    tops = [accuracy(method, base, name, folder, work) for name, folder in sets.items()]
+    return [method.name, *sizes(work / short), f"{milliseconds_per_step(work / short):.0f}", f"{peak:.0f}", *tops]
+
+
+def accuracy(method: Method, base: Path, name: str, folder: Path, work: Path) -> str:
+    run = run_name(name, method)
+    length = "max_steps=1" if method.name == "none" else f"max_epochs={EPOCHS[name]}"
+    train(work, run, [*settings(method, base, name, folder), length])
+    metrics = json.loads((work / run / "summary.json").read_text())["metrics"]
+    return f"{metrics[f'zero_shot/{name}/top1']:.1%}"
+
+
+def settings(method: Method, base: Path, name: str, folder: Path) -> list[str]:
+    shards = [f"data.train.shards={folder}/train/*.tar", f"eval.zero_shot={{{name}: '{folder}/val/*.tar'}}"]
+    return [f"init_from={base}", *shards, "batch_size=64", "eval.every=null", *method.settings]
+
+
+def run_name(name: str, method: Method) -> str:
+    return f"{name}-{re.sub('[^a-z]+', '-', method.name.lower()).strip('-')}"
 
 
 def sizes(run: Path) -> tuple[str, str, str]:
@@ -173,8 +182,9 @@ def sizes(run: Path) -> tuple[str, str, str]:
 
 
 def milliseconds_per_step(run: Path) -> float:
-    rows = read_metrics(run / "metrics.csv")[1]
-    return median(1e3 * 64 / float(row["train/samples_per_second"]) for row in rows if row["train/samples_per_second"])
+    """The median without the first steps."""
+    speeds = [float(row["train/samples_per_second"] or "nan") for row in read_metrics(run / "metrics.csv")[1]]
+    return median(1e3 * 64 / speed for speed in speeds[4:] if speed > 0)
 
 
 def newest_checkpoint(run: Path) -> Path:
