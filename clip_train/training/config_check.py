@@ -193,11 +193,8 @@ def _check_logits(cfg: DictConfig) -> None:
 def _check_finetune(cfg: DictConfig) -> None:
     if cfg.get("finetune") is None or not method_of(dict(cfg.finetune)).classifies:
         return
-    name = cfg.finetune.method
     if cfg.model.get("decoder") is not None:
-        raise ConfigError(f"finetune={name} goes with a model of two towers: give model.decoder=null")
-    if cfg.get("distill") is not None:
-        raise ConfigError(f"finetune={name} learns from labels, and not from a teacher: leave distill out")
+        raise ConfigError(f"finetune={cfg.finetune.method} goes with a model of two towers: give model.decoder=null")
 
 
 def _check_decoder(cfg: DictConfig) -> None:
