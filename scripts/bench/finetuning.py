@@ -152,16 +152,16 @@ def measure(method: Method, base: Path, sets: dict[str, Path], work: Path) -> li
     name, folder = next(iter(sets.items()))
     short = run_name("time", method)
     peak = train(work, short, [*settings(method, base, name, folder), "max_steps=16", "eval.zero_shot=null"])
-    tops = [accuracy(method, base, name, folder, work) for name, folder in sets.items()]
+    tops = [value for name, folder in sets.items() for value in accuracy(method, base, name, folder, work)]
     return [method.name, *sizes(work / short), f"{milliseconds_per_step(work / short):.0f}", f"{peak:.0f}", *tops]
 
 
-def accuracy(method: Method, base: Path, name: str, folder: Path, work: Path) -> str:
+def accuracy(method: Method, base: Path, name: str, folder: Path, work: Path) -> list[str]:
     run = run_name(name, method)
     length = "max_steps=1" if method.name == "none" else f"max_epochs={EPOCHS[name]}"
     train(work, run, [*settings(method, base, name, folder), length])
     metrics = json.loads((work / run / "summary.json").read_text())["metrics"]
-    return f"{metrics[f'zero_shot/{name}/top1']:.1%}"
+    return [f"{metrics[f'zero_shot/{name}/{metric}']:.1%}" for metric in ("top1", "mean_per_class_recall")]
 
 
 def settings(method: Method, base: Path, name: str, folder: Path) -> list[str]:

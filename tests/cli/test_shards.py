@@ -214,7 +214,7 @@ def test_help_explains_every_key(run, command):
 def test_completion(run, monkeypatch):
     assert "complete" in run("-sc", "install=bash")[1]
     for line, words in {
-        "clip-shards ": "make index verify stats bench",
+        "clip-shards ": "make index subset verify stats bench",
         "clip-shards stats num_s": "num_samples=",
     }.items():
         monkeypatch.setenv("COMP_LINE", line)
