@@ -80,7 +80,7 @@ def main() -> None:
         "checkpoint MB",
         "ms per step",
         "peak MB",
-        *(f"{name} top-1" for name in sets),
+        *tops,
     ]
     machine = "".join(f"- {key}: {value}\n" for key, value in describe_machine().items())
     report = f"{machine}\n{markdown_table(header, rows)}"
