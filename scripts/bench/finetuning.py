@@ -72,16 +72,9 @@ def main() -> None:
     args = parser.parse_args()
     base = pretrain(args.data, args.work)
     sets = {"fashion": write_fashion(args.data, args.work), "grocery": write_grocery(args.data, args.work)}
-    rows = [row for method in METHODS if args.only in method.name for row in [measure(method, base, sets, args.work)]]
-    header = [
-        "method",
-        "learns",
-        "share",
-        "checkpoint MB",
-        "ms per step",
-        "peak MB",
-        *tops,
-    ]
+    rows = [measure(method, base, sets, args.work) for method in METHODS if args.only in method.name]
+    accuracies = [f"{name} {metric}" for name in sets for metric in ("top-1", "per class")]
+    header = ["method", "learns", "share", "checkpoint MB", "ms per step", "peak MB", *accuracies]
     machine = "".join(f"- {key}: {value}\n" for key, value in describe_machine().items())
     report = f"{machine}\n{markdown_table(header, rows)}"
     print(report)
