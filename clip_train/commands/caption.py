@@ -14,6 +14,7 @@ def _caption(cfg: DictConfig) -> int:
     import torch
     from omegaconf import OmegaConf
 
+    from clip_train.commands.shards import typed
     from clip_train.errors import ConfigError
     from clip_train.evaluation.captioning import caption_pictures, find_pictures
     from clip_train.interop.model_source import open_model
@@ -25,7 +26,7 @@ def _caption(cfg: DictConfig) -> int:
             raise ConfigError(f"{key} has no value: give {key}=...")
     if isinstance(cfg.batch_size, bool) or not isinstance(cfg.batch_size, int) or cfg.batch_size < 1:
         raise ConfigError(f"batch_size={cfg.batch_size} is not a whole number of at least 1")
-    options = CaptionOptions(**{name: cfg[name] for name in CaptionOptions.__dataclass_fields__})
+    options = typed(CaptionOptions, cfg)
     pictures = find_pictures(str(cfg.images))
     model = OmegaConf.to_container(cfg.model, resolve=True) if "model" in cfg else None
     source = open_model(str(cfg.weights), model)  # pyright: ignore[reportArgumentType]

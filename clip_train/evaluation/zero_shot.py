@@ -66,7 +66,13 @@ def make_classifier(model: DualEncoder, batches: EvalBatches, batch_size: int) -
         return model.make_classifier(classes)
     device = model.logit_scale.device
     weights = class_embeddings(model.encode_text, classes, batches.tokenizer, batch_size=batch_size, device=device)
-    return lambda pixels: model.encode_image(pixels) @ weights.T
+
+    def scores(pixels: Tensor) -> Tensor:
+        images = model.encode_image(pixels)
+        with torch.autocast(images.device.type, enabled=False):  # in bf16 near classes would be equal
+            return images @ weights.T
+
+    return scores
 
 
 def set_classes(batches: EvalBatches) -> ClassNames:

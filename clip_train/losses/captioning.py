@@ -73,7 +73,7 @@ def mean_token_loss(
 ) -> Float[Tensor, ""]:
     """The mean over all ranks' tokens, with the gradients that `CaptioningLoss` is to have; 0 if there are none."""
     tokens = sum_over_ranks(caption_tokens.sum(), group).clamp(min=1)
-    share = caption_loss.sum() * (group_size(group) / tokens)
+    share = caption_loss.sum() * group_size(group) / tokens
     return _MeanOverRanks.apply(share, group)  # pyright: ignore[reportReturnType]
 
 

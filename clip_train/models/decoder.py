@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import torch
@@ -48,8 +49,10 @@ class DecoderConfig:
         config = cls(**decoder)
         least = {"layers": 1, "heads": 1, "mlp_ratio": 0, "attn_pooler_queries": 2, "attn_pooler_heads": 1}
         for key, number in least.items():
-            if not getattr(config, key) >= number:
-                raise ConfigError(f"model.decoder.{key}={getattr(config, key)}: give at least {number}")
+            value, kind = getattr(config, key), Real if key == "mlp_ratio" else int
+            if isinstance(value, bool) or not isinstance(value, kind) or not value >= number:
+                name = "number" if kind is Real else "whole number"
+                raise ConfigError(f"model.decoder.{key}={value} is not a {name} of at least {number}")
         return config
 
 
@@ -129,7 +132,7 @@ class CaptionDecoder(nn.Module):
             checkpoint(self._token_losses, *part, use_reentrant=False, preserve_rng_state=False)
             for part in zip(last.split(size), wanted.split(size), strict=True)
         ]
-        by_token = torch.zeros(labels.shape, device=labels.device)
+        by_token = torch.zeros(labels.shape, dtype=torch.float32, device=labels.device)
         by_token[kept] = torch.cat(losses)  # pyright: ignore[reportArgumentType, reportCallIssue]
         return by_token.sum(1)
 

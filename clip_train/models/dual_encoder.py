@@ -116,7 +116,8 @@ class DualEncoder(nn.Module):
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
         """Keep the scale between 1 and 100; to be called after each optimizer step."""
-        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+        if self.logit_scale.requires_grad:  # one that is frozen stays as it is
+            self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     @torch.no_grad()
     def take_scalars(self, other: "DualEncoder") -> None:

@@ -92,7 +92,7 @@ class PromptLearner(DualEncoder):
         ids = self._prompt_ids(classes.names).to(self.class_ids.device)
         if self.meta_net is None:
             texts = self._encode_prompts(ids, self.context)
-            return lambda pixels: self.encode_image(pixels) @ texts.T
+            return lambda pixels: _products(self.encode_image(pixels), texts)
         at_once = max(1, _PROMPTS_AT_ONCE // len(ids))
         return lambda pixels: torch.cat(
             [self._scores(images, ids) for images in self.encode_image(pixels).split(at_once)]
@@ -101,11 +101,11 @@ class PromptLearner(DualEncoder):
     def _scores(self, images: Float[Tensor, "b embed"], ids: Int64[Tensor, "classes length"]) -> Tensor:
         scale = self.logit_scale.exp()
         if self.meta_net is None:
-            return scale * images @ self._encode_prompts(ids, self.context).T
+            return scale * _products(images, self._encode_prompts(ids, self.context))
         shifts = self.meta_net(images).float()
         contexts = (self.context + shifts[:, None]).repeat_interleave(len(ids), dim=0)
         texts = self._encode_prompts(ids.repeat(len(images), 1), contexts).view(len(images), len(ids), -1)
-        return scale * torch.einsum("bd,bcd->bc", images, texts)
+        return scale * (images[:, None] * texts).sum(2)
 
     def _encode_prompts(self, ids: Int64[Tensor, "prompts length"], context: Tensor) -> Float[Tensor, "prompts embed"]:
         with _put_in(self.text.trunk.get_input_embeddings(), context):
@@ -114,6 +114,11 @@ class PromptLearner(DualEncoder):
     def _prompt_ids(self, names: Sequence[str]) -> Int64[Tensor, "classes length"]:
         """With a word of one token where each context vector goes."""
         return torch.from_numpy(self.tokenizer([f"{'x ' * self.n_ctx}{name}." for name in names]))
+
+
+def _products(images: Float[Tensor, "b embed"], texts: Float[Tensor, "classes embed"]) -> Float[Tensor, "b classes"]:
+    with torch.autocast(images.device.type, enabled=False):  # in bf16 near classes would be equal
+        return images @ texts.T
 
 
 def _meta_net(embed_dim: int, width: int) -> nn.Sequential:

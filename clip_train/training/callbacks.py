@@ -210,7 +210,8 @@ def _probe_start(plan: RunPlan) -> list[L.Callback]:
     cfg, probe = plan.cfg, plan.module.model
     if not isinstance(probe, LinearProbe):
         return []
-    key = features_key(probe, plan.data.unaugmented(), f"{cfg.trainer.precision} on {plan.world.accelerator}")
+    precision = f"{cfg.trainer.precision} on {plan.world.accelerator}"
+    key = features_key(probe, plan.data.unaugmented(), plain(cfg.data.image_key), precision)
     folder = Path(cfg.data.cache_dir or plan.folder.path) / f"features_{key}"
     return [ProbeStart(plan.data, folder, cfg.eval.batch_size, fresh=plan.checkpoint is None)]
 

@@ -155,6 +155,8 @@ def check_config(cfg: DictConfig, world: World) -> None:
     _check_logits(cfg)
     _check_decoder(cfg)
     _check_finetune(cfg)
+    if cfg.get("distill") is not None and cfg.micro_batch_size == "auto":
+        raise ConfigError("micro_batch_size=auto does not try with a teacher (distill): give a number or null")
     _check_fsdp(cfg)
     if rest := cfg.batch_size % world.size:
         below, above = cfg.batch_size - rest, cfg.batch_size - rest + world.size

@@ -124,7 +124,7 @@ class ClipDataModule(L.LightningDataModule):
     def _open_val(self, name: str, patterns: str | Sequence[str], val: Mapping[str, Any]) -> PairReader:
         shards = self._open_shards(patterns, "data.val.shards")
         for key in ("image_key", "caption_key", "classes"):
-            if isinstance(val.get(key), list):
+            if isinstance(val.get(key), list) and (key != "classes" or has_labels(val["caption_key"])):
                 raise ConfigError(f"data.val.{key} is not given, and data.{key} has one entry per source: give one")
         classes = None
         if has_labels(val["caption_key"]):

@@ -63,11 +63,17 @@ class ProbeStart(Callback):
                 autocast=precision.forward_context,
                 device=pl_module.device,
             )
-        table = FeatureTable.open(self.folder, len(pictures))
+        table, error = None, ""
+        try:
+            table = FeatureTable.open(self.folder, len(pictures))
+        except DataError as failed:  # on this rank, perhaps alone
+            error = str(failed)
+        raise_everywhere(error)
+        assert table
         self.data.serve_features(FeatureBatches(table, self.data.batches))
 
 
-def features_key(probe: LinearProbe, pictures: EvalBatches, precision: str) -> str:
+def features_key(probe: LinearProbe, pictures: EvalBatches, image_key: str | list[str], precision: str) -> str:
     """Differs where another set, another tower, or another preparation of pictures gives other features.
 
     To be asked before the weights go to a device, or are sharded.
@@ -75,15 +81,25 @@ def features_key(probe: LinearProbe, pictures: EvalBatches, precision: str) -> s
     tower = dict(probe.vision.state_dict())
     about = {
         "tower": weights_checksum(tower),
+        "layers": repr(probe.vision),  # activations and pooling, which have no weights
         "features": probe.features,
         "shards": describe_shards(pictures.reader),
-        "bytes": [os.path.getsize(name) for name in pictures.reader.shard_names if os.path.exists(name)],
+        "files": [_version(name) for name in pictures.reader.shard_names],
+        "image_key": image_key,
         "pictures": [pictures.image_size, pictures.resize_mode, pictures.interpolation, pictures.max_image_pixels],
         "pixels": [probe.image_mean.flatten().tolist(), probe.image_std.flatten().tolist()],
         "classes": len(probe.classes),
         "precision": precision,
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _version(shard: str) -> tuple[str, int, int]:
+    """Its path or address, and of a file here its size and when it was written."""
+    if not os.path.exists(shard):
+        return shard, 0, 0
+    found = os.stat(shard)
+    return os.path.abspath(shard), found.st_size, found.st_mtime_ns
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """What a run begins with: the weights of `init_from`, and the model adapted as `finetune` says."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from clip_train.models.classifiers import Task
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.parts import plain
 from clip_train.training.resume import Checkpoint
+
+log = logging.getLogger(__name__)
 
 
 def prepare(model: DualEncoder, cfg: DictConfig, data: ClipDataModule) -> Any:
@@ -68,6 +71,9 @@ def load_base(model: DualEncoder, cfg: DictConfig, checkpoint: Checkpoint | None
     if not checkpoint:
         weights = _load_initial_weights(model, cfg) if cfg.init_from else None
         _refuse_to_lock_random_weights(model, cfg, weights)
+        pretrained = any(cfg.model[tower].get("pretrained") for tower in ("vision", "text"))
+        if cfg.get("finetune") is not None and not weights and not pretrained:
+            log.warning("finetune=%s begins with random weights: init_from=WEIGHTS gives others", cfg.finetune.method)
     return None
 
 

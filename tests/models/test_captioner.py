@@ -65,7 +65,7 @@ def test_padding_is_neither_predicted_nor_seen():
     ("change", "message"),
     [
         ({"decoder": {"depth": 2}}, "model.decoder.depth: no such key; there are layers, heads, "),
-        ({"decoder": {"layers": 0}}, "model.decoder.layers=0: give at least 1"),
+        ({"decoder": {"layers": 0}}, "model.decoder.layers=0 is not a whole number of at least 1"),
         ({"decoder": {"heads": 3}}, "model.decoder.heads=3 does not divide model.text.width=64"),
         ({"decoder": {"attn_pooler_heads": 3}}, "model.decoder.attn_pooler_heads=3 does not divide model.embed_dim=64"),
         ({"embed_dim": 32}, "model.decoder needs model.text.width=64 and model.embed_dim=32 equal"),
