@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import torch
@@ -49,9 +48,9 @@ class DecoderConfig:
         config = cls(**decoder)
         least = {"layers": 1, "heads": 1, "mlp_ratio": 0, "attn_pooler_queries": 2, "attn_pooler_heads": 1}
         for key, number in least.items():
-            value, kind = getattr(config, key), Real if key == "mlp_ratio" else int
-            if isinstance(value, bool) or not isinstance(value, kind) or not value >= number:
-                name = "number" if kind is Real else "whole number"
+            value, whole = getattr(config, key), key != "mlp_ratio"
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value >= number:
+                name = "whole number" if whole else "number"
                 raise ConfigError(f"model.decoder.{key}={value} is not a {name} of at least {number}")
         return config
 

@@ -211,7 +211,7 @@ def _probe_start(plan: RunPlan) -> list[L.Callback]:
     if not isinstance(probe, LinearProbe):
         return []
     precision = f"{cfg.trainer.precision} on {plan.world.accelerator}"
-    key = features_key(probe, plan.data.unaugmented(), plain(cfg.data.image_key), precision)
+    key = features_key(probe, plan.data.unaugmented(), plain(cfg.data)["image_key"], precision)
     folder = Path(cfg.data.cache_dir or plan.folder.path) / f"features_{key}"
     return [ProbeStart(plan.data, folder, cfg.eval.batch_size, fresh=plan.checkpoint is None)]
 
