@@ -26,13 +26,13 @@ class Teacher:
         matmul_dtype: as of `contrastive_loss`.
 
     Attributes:
-        latest: the distillation loss of the last step; None before the first.
+        metrics: `train/distillation_loss` of the last step, on the device.
     """
 
     def __init__(self, model: DualEncoder, loss_weight: float, matmul_dtype: torch.dtype | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         self.loss_weight, self.matmul_dtype = loss_weight, matmul_dtype
-        self.latest: Tensor | None = None
+        self.metrics: dict[str, Tensor] = {}
 
     def to(self, device: torch.device) -> None:
         """Move the weights."""
@@ -53,7 +53,7 @@ class Teacher:
             distance = distillation_loss(
                 features[0], features[1], logit_scale, image, text, scale, matmul_dtype=self.matmul_dtype
             )
-            self.latest = distance.detach()
+            self.metrics = {"train/distillation_loss": distance.detach()}
             return loss(*features, logit_scale=logit_scale, **others) + self.loss_weight * distance
 
         return with_teacher

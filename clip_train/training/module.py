@@ -94,9 +94,8 @@ class ClipModule(L.LightningModule):
         with explained_out_of_memory(self.micro_batch_size, self.clock.batch_size // self.trainer.world_size):
             loss = self._backward(batch)
             self.step_metrics = {"train/loss": loss, "train/logit_scale": self.model.logit_scale.detach().exp()}
-            if self.teacher is not None and self.teacher.latest is not None:
-                self.step_metrics["train/distillation_loss"] = self.teacher.latest
-            self.step_metrics |= getattr(self.loss, "metrics", {})
+            for source in (self.loss, self.teacher):
+                self.step_metrics |= getattr(source, "metrics", {})
             optimizer = cast(LightningOptimizer, self.optimizers())
             optimizer.step()  # clips first, or does nothing: `on_before_optimizer_step`
         optimizer.zero_grad()

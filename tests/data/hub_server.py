@@ -48,6 +48,7 @@ def hub_server() -> Iterator[Hub]:
 def use_hub(url: str, patch: pytest.MonkeyPatch) -> None:
     """What HF_ENDPOINT does if it is set before huggingface_hub is imported."""
     patch.setattr(constants, "ENDPOINT", url)
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)  # other tests may have found no network
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     patch.delenv("HF_TOKEN", raising=False)
