@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from PIL import Image
 from webdataset.writer import TarWriter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums of several threads differ in the last bit from those of one
+torch.set_num_threads(1)  # a plugin of pytest has imported it before
 settings.register_profile("no_deadline", deadline=None)  # tests assert behaviour, never time
 settings.load_profile("no_deadline")
 

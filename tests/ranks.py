@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.multiprocessing  # tensors travel through its pipes
+
+from tests.cli.warm_start import context
 
 
 class RankPool:
@@ -18,7 +20,6 @@ class RankPool:
 
     def __init__(self, world_size: int) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        context = mp.get_context("spawn")  # pyright: ignore[reportPrivateImportUsage]
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(world_size):

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from clip_train.training.csv_logger import read_metrics
-from tests.cli.warm_start import run_module
+from tests.cli.warm_start import WarmProcess, run_module
 
 TINY = [
     "model=vit_tiny",
@@ -20,20 +20,33 @@ TINY = [
 ]
 
 
-def clip_train(*arguments: str, launcher: tuple[str, ...] = (), timeout: float = 300, **env: str):
-    """Run `clip-train`; returns the finished process with its output as text."""
+def clip_train(
+    *arguments: str, launcher: tuple[str, ...] = (), ranks: int = 1, timeout: float = 300, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `clip-train`, on several ranks as torchrun starts them; returns the finished process with its output as text.
+
+    Args:
+        launcher: a program that starts it anew, in place of a process that has its libraries already.
+    """
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     if not launcher:
-        return run_module("clip_train.commands.train", arguments, env, timeout)
+        return run_module("clip_train.commands.train", arguments, env, timeout, ranks)
     command = [*launcher, "-m", "clip_train.commands.train", *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 
+def start_clip_train(*arguments: str, **env: str) -> WarmProcess:
+    """Start `clip-train`, to send it signals; its process group is that of its number, and has all that it starts."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return WarmProcess("clip_train.commands.train", arguments, env, start_new_session=True)
+
+
 def train_tiny(
-    output_dir: Path, run_name: str, *arguments: str, launcher: tuple[str, ...] = ()
+    output_dir: Path, run_name: str, *arguments: str, launcher: tuple[str, ...] = (), ranks: int = 1
 ) -> list[dict[str, str]]:
     """Train and return the rows of metrics.csv that have a training loss."""
-    done = clip_train(*TINY, f"output_dir={output_dir}", f"run_name={run_name}", *arguments, launcher=launcher)
+    run = (*TINY, f"output_dir={output_dir}", f"run_name={run_name}", *arguments)
+    done = clip_train(*run, launcher=launcher, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     _, rows = read_metrics(output_dir / run_name / "metrics.csv")
     return [row for row in rows if row["train/loss"]]

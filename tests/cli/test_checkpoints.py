@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from clip_train.checkpoints.folder import InvalidCheckpointError, list_checkpoints, read_weights, samples_of, verify
 from clip_train.training.csv_logger import read_metrics
 from tests.checkpoints.test_folder import flip
-from tests.cli.runs import TINY, clip_train
+from tests.cli.runs import TINY, clip_train, start_clip_train
+from tests.cli.warm_start import run_module
 
 STEPS = 12
 RUN = [*TINY, f"max_steps={STEPS}", "data.val.shards=null", "data.num_workers=0", "trainer.log_every=1"]
 # Not beside training: on a busy machine a save would be late where the one before takes long.
 KEEP_ALL = ["checkpoint.every=3", "checkpoint.keep=9", "checkpoint.asynchronous=false"]
-COMMAND = [sys.executable, "-m", "clip_train.commands.train"]
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def test_cadence_and_what_a_manifest_says(whole):
 
 def test_killed_while_saving_with_the_newest_checkpoint_broken_it_ends_as_if_nothing_had_been(tmp_path, whole):
     run = tmp_path / "run"
-    common = [*COMMAND, *RUN, f"output_dir={tmp_path}", "run_name=run", "checkpoint.every=1", "checkpoint.keep=3"]
-    process = subprocess.Popen([*common, "resume=auto"], stdout=subprocess.DEVNULL, env=environment())
+    common = [*RUN, f"output_dir={tmp_path}", "run_name=run", "checkpoint.every=1", "checkpoint.keep=3"]
+    process = start_clip_train(*common, "resume=auto")
     end = time.monotonic() + 300
     while not (len(list_checkpoints(run / "checkpoints")) >= 2 and list(run.glob("checkpoints/*.tmp"))):
         assert time.monotonic() < end and process.poll() is None, "no save was caught"
@@ -65,7 +65,7 @@ def test_killed_while_saving_with_the_newest_checkpoint_broken_it_ends_as_if_not
     assert samples_of(newest) < STEPS * 32
     flip(newest / "optimizer.safetensors")
 
-    resumed = clip_train(*common[3:], "resume=auto")
+    resumed = clip_train(*common, "resume=auto")
     assert resumed.returncode == 0, resumed.stderr
     assert f"skipping the checkpoint {newest}: optimizer.safetensors has changed" in resumed.stdout
     assert not list(run.glob("checkpoints/*.tmp"))
@@ -75,18 +75,14 @@ def test_killed_while_saving_with_the_newest_checkpoint_broken_it_ends_as_if_not
 
 def test_export(tmp_path, whole):
     source, output = list_checkpoints(whole / "checkpoints")[-1], tmp_path / "all.safetensors"
-    command = [sys.executable, "-m", "clip_train.commands.export"]
-    done = subprocess.run([*command, f"weights={source}", f"output={output}"], capture_output=True, check=True)
-    assert b"weights to" in done.stdout
+    export = "clip_train.commands.export"
+    done = run_module(export, [f"weights={source}", f"output={output}"], os.environ, 300)
+    assert done.returncode == 0 and "weights to" in done.stdout, done.stderr
     found = load_file(output)
     assert all(torch.equal(found[name.removeprefix("model.")], weight) for name, weight in read_weights(source).items())
-    done = subprocess.run([*command, f"weights={tmp_path}", f"output={output}"], capture_output=True, check=False)
+    done = run_module(export, [f"weights={tmp_path}", f"output={output}"], os.environ, 300)
     assert done.returncode == 2
-    assert b"the folder has neither manifest.json (a checkpoint of ours) nor any of" in done.stderr
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert "the folder has neither manifest.json (a checkpoint of ours) nor any of" in done.stderr
 
 
 def test_what_may_differ_and_what_may_not(tmp_path, whole):
@@ -142,7 +138,8 @@ def small_disk(tmp_path):
 def test_training_goes_on_while_the_disk_is_full(small_disk, whole):
     filler = small_disk / "filler"
     common = [*RUN, f"output_dir={small_disk}", "run_name=run", "checkpoint.every=3", "checkpoint.keep=1"]
-    process = subprocess.Popen([*COMMAND, *common], stdout=subprocess.PIPE, text=True, env=environment())
+    command = [sys.executable, "-m", "clip_train.commands.train", *common]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout
     said = []
     for line in process.stdout:

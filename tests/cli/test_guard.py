@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -14,7 +12,8 @@ import torch
 from clip_train.checkpoints.folder import checkpoint_name, read_checkpoint, read_weights
 from clip_train.training.csv_logger import read_metrics
 from clip_train.training.sample_log import read_sample_log
-from tests.cli.runs import TINY, clip_train, group_is_gone
+from tests.cli.runs import TINY, clip_train, group_is_gone, start_clip_train
+from tests.cli.warm_start import WarmProcess
 
 B = 32
 COMMON = [*TINY, "data.val.shards=null", "data.num_workers=1", "trainer.log_every=1", "data.sample_log=true"]
@@ -30,12 +29,14 @@ def losing(name: str, calls: list[int]) -> list[str]:
     [
         [*losing("nan_at_calls", [3]), "micro_batch_size=8"],
         [*losing("nan_at_calls", [3]), "trainer.precision=16-mixed"],
-        [*losing("nan_at_calls", [3]), "+loss.rank=1", "trainer.devices=2", "micro_batch_size=8"],
-        [*losing("nan_gradient_at_calls", [3]), "+loss.rank=1", "trainer.devices=2"],
+        [*losing("nan_at_calls", [3]), "+loss.rank=1", "micro_batch_size=8"],
+        [*losing("nan_gradient_at_calls", [3]), "+loss.rank=1"],
     ],
 )
 def test_a_bad_step_changes_nothing_to_the_bit(tmp_path, odd):
-    done = clip_train(*COMMON, *odd, "max_steps=3", "checkpoint.every=2", f"output_dir={tmp_path}", "run_name=run")
+    ranks = 2 if "+loss.rank=1" in odd else 1
+    run = (*COMMON, *odd, "max_steps=3", "checkpoint.every=2", f"output_dir={tmp_path}", "run_name=run")
+    done = clip_train(*run, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 3 is skipped" in done.stdout
     _, rows = read_metrics(tmp_path / "run" / "metrics.csv")
@@ -68,8 +69,8 @@ ROLLING_BACK = ["max_steps=12", "checkpoint.every=4", "guard.max_bad_steps=3"]
 
 
 def test_goes_back_and_leaves_the_data_out_then_goes_on_as_if_never_killed(tmp_path, undisturbed):
-    arguments = [*COMMON, *ROLLING_BACK, "trainer.devices=2", f"output_dir={tmp_path}"]
-    done = clip_train(*arguments, *losing("nan_at_calls", [6, 7, 8]), "+loss.rank=1", "run_name=whole")
+    arguments = [*COMMON, *ROLLING_BACK, f"output_dir={tmp_path}"]
+    done = clip_train(*arguments, *losing("nan_at_calls", [6, 7, 8]), "+loss.rank=1", "run_name=whole", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "3 steps in a row, up to step 8, had no finite loss or gradient: going back to samples_" in done.stdout
     whole = tmp_path / "whole"
@@ -85,11 +86,12 @@ def test_goes_back_and_leaves_the_data_out_then_goes_on_as_if_never_killed(tmp_p
     for stuck_at, last_written in ((10, "rollback.json"), (14, f"checkpoints/{checkpoint_name(8 * B)}")):
         cut = tmp_path / f"cut_{stuck_at}"
         stuck = [*losing("nan_at_calls", [6, 7, 8]), f"+loss.stuck_at={stuck_at}", f"run_name={cut.name}"]
-        process = start(*arguments, *stuck)
+        process = start_clip_train(*arguments, "trainer.devices=2", *stuck)
         wait_for((cut / last_written).exists, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(60)
-        resumed = clip_train(*arguments, *losing("nan_at_calls", []), f"run_name={cut.name}", "resume=auto")
+        again = (*arguments, *losing("nan_at_calls", []), f"run_name={cut.name}", "resume=auto")
+        resumed = clip_train(*again, ranks=2)
         assert resumed.returncode == 0, resumed.stderr
         assert "resuming from" in resumed.stdout
         assert read_sample_log(cut / "samples") == read_sample_log(whole / "samples")
@@ -97,30 +99,19 @@ def test_goes_back_and_leaves_the_data_out_then_goes_on_as_if_never_killed(tmp_p
         assert_same(read_weights(cut / "checkpoints" / last), read_weights(whole / "checkpoints" / last))
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "clip_train.commands.train", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def wait_for(done: Callable[[], bool], process: subprocess.Popen) -> None:
+def wait_for(done: Callable[[], bool], process: WarmProcess) -> None:
     end = time.monotonic() + 600
     while not done():
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.1)
 
 
 def test_what_stays_bad_ends_with_a_report_on_all_ranks(tmp_path, undisturbed):
     always = losing("nan_gradient_at_calls", list(range(3, 40)))
-    process = start(*COMMON, *always, "max_steps=12", "guard.max_bad_steps=3", "trainer.devices=2",
-                    f"output_dir={tmp_path}", "run_name=run")  # fmt: skip
-    output, _ = process.communicate(timeout=300)
+    run = (*COMMON, *always, "max_steps=12", "guard.max_bad_steps=3", f"output_dir={tmp_path}", "run_name=run")
+    process = start_clip_train(*run, "trainer.devices=2")
+    output = "".join(process.communicate(timeout=300))
     assert process.returncode == 70, output
     assert group_is_gone(process.pid)
     assert "going back to the start of the run, as there is no checkpoint" in output

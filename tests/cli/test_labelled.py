@@ -71,7 +71,7 @@ def test_a_linear_probe_learns_from_features_computed_once(tmp_path, pattern, va
     assert len(saved["model.head.weight"]) == len(CLASSES)
 
     before = {path: path.stat().st_mtime_ns for path in features.iterdir()}
-    two = train_tiny(tmp_path, "two", *arguments, "max_steps=20", "trainer.devices=2", "micro_batch_size=5")
+    two = train_tiny(tmp_path, "two", *arguments, "max_steps=20", "micro_batch_size=5", ranks=2)
     assert {path: path.stat().st_mtime_ns for path in features.iterdir()} == before
     assert [float(row["train/loss"]) for row in two] == pytest.approx(losses, abs=1e-5)
     assert scores(tmp_path / "two")[-1] == scores(tmp_path / "one")[-1]
@@ -94,7 +94,7 @@ def test_prompts_are_learned_alike_on_any_number_of_ranks(tmp_path, pattern, val
     chosen = {"prompt": ["finetune=prompt", "finetune.n_ctx=4", "finetune.csc=true"], "cocoop": ["finetune=cocoop"]}
     arguments = [*probe_arguments(pattern, val, base), *chosen[method], "max_steps=5"]
     one = train_tiny(tmp_path, "one", *arguments, "micro_batch_size=7")
-    two = train_tiny(tmp_path, "two", *arguments, "trainer.devices=2")
+    two = train_tiny(tmp_path, "two", *arguments, ranks=2)
     losses = [float(row["train/loss"]) for row in one]
     assert [float(row["train/loss"]) for row in two] == pytest.approx(losses, abs=1e-5)
     assert [float(row["train/top1"]) for row in two] == pytest.approx([float(row["train/top1"]) for row in one])

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from clip_train.training.csv_logger import read_metrics
-from tests.cli.runs import TINY, clip_train
+from tests.cli.runs import TINY, clip_train, start_clip_train
 
 COMMON = [*TINY, "data.val.shards=null", "data.num_workers=0", "trainer.log_every=1"]
 SHORT = [*COMMON, "max_steps=30"]
 
 
-def start(*arguments: str) -> subprocess.Popen:
+def start_cold(*arguments: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "clip_train.commands.train", *arguments]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
 
@@ -36,9 +36,11 @@ def handles(pid: int, number: signal.Signals) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT]
+)
 def test_a_signal_before_training_begins(tmp_path, number):
-    process = start(*SHORT, f"output_dir={tmp_path}", "run_name=run")
+    process = start_cold(*SHORT, f"output_dir={tmp_path}", "run_name=run")
     wait_until(lambda: handles(process.pid, signal.SIGUSR1))  # installed last; Python has one for SIGINT itself
     assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()  # the handlers were there first
     process.send_signal(number)
@@ -55,7 +57,7 @@ def test_a_signal_before_training_begins(tmp_path, number):
 
 
 def test_signals_without_end_do_not_break_the_last_checkpoint(tmp_path):
-    process = start(*SHORT, f"output_dir={tmp_path}", "run_name=run")
+    process = start_clip_train(*SHORT, f"output_dir={tmp_path}", "run_name=run")
     wait_until(lambda: (tmp_path / "run" / "metrics.csv").exists())
     while process.poll() is None:
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -71,7 +73,7 @@ def test_signals_without_end_do_not_break_the_last_checkpoint(tmp_path):
 def test_the_second_sigint_stops_at_once(tmp_path):
     slow = ["loss._target_=tests.slurm.slow_loss.slow_contrastive_loss", "+loss.seconds=600"]
     slow += [f"+loss.begun={tmp_path / 'begun'}"]
-    process = start(*SHORT, *slow, f"output_dir={tmp_path}", "run_name=run")
+    process = start_clip_train(*SHORT, *slow, f"output_dir={tmp_path}", "run_name=run")
     wait_until(lambda: (tmp_path / "begun").exists())
     process.send_signal(signal.SIGINT)
     time.sleep(1)
@@ -83,7 +85,7 @@ def test_the_second_sigint_stops_at_once(tmp_path):
 def test_a_sweep_hands_the_signal_to_all_its_jobs(tmp_path):
     slow = ["loss._target_=tests.slurm.slow_loss.slow_contrastive_loss", "+loss.seconds=0.3"]
     sweep = ["max_steps=1000,2000,3000", "hydra.launcher.n_jobs=2", f"output_dir={tmp_path}"]
-    process = start("--multirun", *COMMON, *slow, *sweep)
+    process = start_clip_train("--multirun", *COMMON, *slow, *sweep)
     wait_until(lambda: len(list(tmp_path.rglob("metrics.csv"))) == 2)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=600)

@@ -20,7 +20,8 @@ from clip_train.sweeps.study import StudySettings, StudyTrials
 from clip_train.sweeps.trial import TrialFile
 from clip_train.training.csv_logger import read_metrics
 from clip_train.training.wandb_files import read_records
-from tests.cli.runs import TINY, clip_train
+from tests.cli.runs import TINY, clip_train, start_clip_train
+from tests.cli.warm_start import WarmProcess
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +29,7 @@ def offline(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
 
 
-def start(*arguments: str) -> subprocess.Popen:
-    """A program in the background, with all its processes in one group."""
-    command = [sys.executable, "-m", "clip_train.commands.train", *arguments]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
-
-
-def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None:
+def wait_for(condition: Callable[[], object], process: WarmProcess) -> None:
     end = time.monotonic() + 400
     while not condition():
         assert process.poll() is None, f"the sweep ended with {process.returncode}"
@@ -77,7 +72,7 @@ def test_a_search_prunes_is_killed_and_goes_on(tmp_path, make_shards):
         "run_name=search",
     ]
     folder = tmp_path / "search"
-    process = start(*arguments)
+    process = start_clip_train(*arguments)
     wait_for(lambda: list(folder.glob("search_*/checkpoints/*.ckpt/manifest.json")), process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -119,7 +114,7 @@ def test_a_grid_is_stopped_and_goes_on_and_its_best_trains_again(tmp_path):
         "run_name=grid",
     ]
     folder = tmp_path / "grid"
-    process = start(*arguments)
+    process = start_clip_train(*arguments)
     metrics = folder / "grid_0" / "metrics.csv"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, process)
     process.send_signal(signal.SIGTERM)
@@ -157,8 +152,8 @@ def test_all_ranks_end_a_pruned_run(tmp_path, make_shards):
     TrialFile(run).write(trial, asdict(study))
     (shards,) = make_shards([40])
     data = [f"data.train.shards={shards}", f"data.val.shards={shards}", "data.num_workers=0"]
-    where = ["trainer.devices=2", "max_steps=9", "eval.every=3", f"output_dir={tmp_path}", "run_name=run"]
-    done = clip_train(*TINY, *data, *where, timeout=900)
+    where = ["max_steps=9", "eval.every=3", f"output_dir={tmp_path}", "run_name=run"]
+    done = clip_train(*TINY, *data, *where, timeout=900, ranks=2)
     assert done.returncode == 0, done.stderr
     summary = json.loads((run / "summary.json").read_text())
     assert (summary["pruned"], summary["complete"], summary["steps"]) == (True, False, 4)

@@ -13,7 +13,8 @@ import pytest
 from clip_train.training.csv_logger import read_metrics
 from clip_train.training.run_folder import RunFolder
 from clip_train.training.wandb_files import read_records, wandb_files
-from tests.cli.runs import TINY, clip_train
+from tests.cli.runs import TINY, clip_train, start_clip_train
+from tests.cli.warm_start import WarmProcess
 
 RUN = [*TINY, "run_name=run", "data.val.shards=null", "trainer.log_every=1", "logger=[csv,wandb]"]
 
@@ -29,14 +30,10 @@ def run_record(path: Path):
 
 
 def test_killed_and_resumed_each_step_is_there_once_under_one_id(tmp_path):
-    arguments = [*RUN, f"output_dir={tmp_path}", "max_steps=60", "checkpoint.every=20"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "clip_train.commands.train", *arguments],
-        env={**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    arguments = [*RUN, f"output_dir={tmp_path}", "max_steps=24", "checkpoint.every=8"]
+    process = start_clip_train(*arguments, WANDB_MODE="offline")
     folder = tmp_path / "run"
-    wait_for_step(process, folder / "metrics.csv", 27)
+    wait_for_step(process, folder / "metrics.csv", 11)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     resumed = clip_train(*arguments, "resume=auto", WANDB_MODE="offline")
@@ -50,7 +47,7 @@ def test_killed_and_resumed_each_step_is_there_once_under_one_id(tmp_path):
     assert all(run_record(path).resume for path in files)  # `wandb sync` appends to the run
     sent = [row for path in files for row in history(path)]
     kept = {int(row["step"]): row for row in read_metrics(folder / "metrics.csv")[1]}
-    assert [row["_step"] for row in sent] == list(range(1, 61)) == sorted(kept)
+    assert [row["_step"] for row in sent] == list(range(1, 25)) == sorted(kept)
     for row in sent:
         assert row["samples_seen"] == 32 * row["_step"]
         assert row["train/loss"] == pytest.approx(float(kept[row["_step"]]["train/loss"]), rel=1e-12)
@@ -61,7 +58,7 @@ def test_killed_and_resumed_each_step_is_there_once_under_one_id(tmp_path):
     assert "Would sync 2 run(s)" in listed.stdout + listed.stderr
 
 
-def wait_for_step(process: subprocess.Popen, path: Path, step: int) -> None:
+def wait_for_step(process: WarmProcess, path: Path, step: int) -> None:
     while not path.exists() or int((read_metrics(path)[1] or [{"step": "0"}])[-1]["step"]) < step:
         assert process.poll() is None, f"the run ended with {process.returncode}"
         time.sleep(0.02)

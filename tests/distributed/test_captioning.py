@@ -11,10 +11,11 @@ from torch.nn import functional as F
 
 from clip_train.checkpoints.folder import list_checkpoints, read_weights
 from clip_train.losses.captioning import CaptioningLoss, mean_token_loss
-from tests.distributed.test_fsdp import metric, train_on
+from tests.distributed.test_fsdp import metric
+from tests.distributed.train_many import train_on
 from tests.ranks import pool_group
 
-BATCH, STEPS = 24, 5
+BATCH, STEPS = 24, 4
 RUN = (
     f"batch_size={BATCH} max_steps={STEPS} loss=captioning model.embed_dim=32"
     " model.decoder={layers:2,heads:2,attn_pooler_queries:5,attn_pooler_heads:2}"

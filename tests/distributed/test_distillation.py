@@ -12,7 +12,8 @@ from torch import Tensor
 from clip_train.checkpoints.folder import list_checkpoints, read_weights
 from clip_train.distributed import group_rank
 from clip_train.losses import distillation_loss
-from tests.distributed.test_fsdp import metric, train_on
+from tests.distributed.test_fsdp import metric
+from tests.distributed.train_many import train_on
 from tests.losses import references
 from tests.losses.references import KINDS, unit_vectors
 from tests.ranks import pool_group
@@ -60,8 +61,8 @@ def test_equals_the_definition(pool, kind, ranks, b):
             assert (grad - wanted).norm() <= 10 * tolerance * wanted.norm() + floor
 
 
-BATCH, STEPS = 24, 4
-RUN = f"batch_size={BATCH} max_steps={STEPS} model.embed_dim=32 checkpoint.every=1"
+BATCH, STEPS = 24, 3
+RUN = f"batch_size={BATCH} max_steps={STEPS} model.embed_dim=32"
 TEACHER = "model.embed_dim=48"
 WAYS = {
     "2": (2, ""),
@@ -74,10 +75,9 @@ WAYS = {
 def runs(tmp_path_factory) -> Path:
     """Run folders: the teacher; `plain` without it; `1`, of one process with the whole batch; and those of WAYS."""
     folder = tmp_path_factory.mktemp("runs")
-    train_on(1, folder, f"teacher batch_size={BATCH} max_steps=30 {TEACHER}")
+    train_on(1, folder, f"teacher batch_size={BATCH} max_steps=10 {TEACHER}", f"plain {RUN}")
     learning = f"{RUN} distill=teacher distill.weights={last_checkpoint(folder / 'teacher')} distill.loss_weight=2"
     ways = [("1", (1, "")), *sorted(WAYS.items(), key=lambda way: way[1][0])]
-    train_on(1, folder, f"plain {RUN}")
     for ranks, of_these in itertools.groupby(ways, key=lambda way: way[1][0]):
         train_on(ranks, folder, *(f"{name} {learning} {more}" for name, (_, more) in of_these))
     return folder

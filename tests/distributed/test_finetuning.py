@@ -1,16 +1,14 @@
 """Fine-tuning on two ranks, whole or sharded, learns what one process learns."""
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from clip_train.checkpoints.folder import list_checkpoints, read_weights
 from clip_train.training.csv_logger import read_metrics
-from tests.distributed.test_world_size import TORCHRUN
+from tests.distributed.train_many import train_on
 
-BATCH, STEPS = 16, 4
+BATCH, STEPS = 16, 3
 BASE = f"batch_size={BATCH} optim.warmup=0 checkpoint.every=null"
 RUN = f"{BASE} max_steps={STEPS}"
 METHODS = {
@@ -20,13 +18,6 @@ METHODS = {
     "locked": "finetune=lit finetune.lock=text model.grad_checkpointing=true",
 }
 WAYS = {"ddp": "trainer.strategy=ddp", "fsdp": "trainer.strategy=fsdp micro_batch_size=3"}
-
-
-def train_on(ranks: int, folder: Path, *runs: str) -> None:
-    command = [*TORCHRUN, f"--nproc-per-node={ranks}", "-m", "tests.distributed.train_many", str(folder), *runs]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

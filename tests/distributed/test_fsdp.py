@@ -1,7 +1,5 @@
 """A run with its state in shards learns what one process learns, and goes on from where any other run came to."""
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,22 +9,15 @@ from safetensors.torch import load_file
 from clip_train.checkpoints.folder import list_checkpoints, read_weights, verify
 from clip_train.interop.single_file import export_single_file
 from clip_train.training.csv_logger import read_metrics
-from tests.distributed.test_world_size import TORCHRUN
+from tests.distributed.train_many import train_on
 
-BATCH, STEPS, HALF = 48, 10, 5
+BATCH, STEPS, HALF = 48, 6, 3
 # 194 pairs on 3 ranks: the last has a batch less to encode than the others.
 RUN = (
     f"batch_size={BATCH} max_steps={STEPS} checkpoint.every={HALF} checkpoint.keep=2 model.grad_checkpointing=true"
-    " data.val.shards=demo:emoji/val_concept/*.tar eval.batch_size=64 eval.every=5 eval.picture=false"
+    " data.val.shards=demo:emoji/val_concept/*.tar eval.batch_size=64 eval.every=3 eval.picture=false"
 )
 FSDP = f"{RUN} trainer.strategy=fsdp"
-
-
-def train_on(ranks: int, folder: Path, *runs: str) -> None:
-    command = [*TORCHRUN, f"--nproc-per-node={ranks}", "-m", "tests.distributed.train_many", str(folder), *runs]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ from clip_train.models import create_dual_encoder
 from clip_train.training.bad_step import clip_or_skip
 from clip_train.training.fsdp import shard_towers
 from clip_train.training.optimizer import OPTIMIZERS, build_optimizer, set_rates
-from tests.distributed.test_fsdp import metric, train_on
+from tests.distributed.test_fsdp import metric
+from tests.distributed.train_many import train_on
 from tests.models.test_dual_encoder import TINY, random_batch
 from tests.ranks import pool_group
 from tests.training.test_optimizer import settings
@@ -53,14 +54,14 @@ def test_on_shards(pool, name):
 
 
 RUN = (
-    "batch_size=32 max_steps=6 checkpoint.every=3 checkpoint.keep=2 optim.warmup=0 ema.decay=0.5"
+    "batch_size=32 max_steps=4 checkpoint.every=2 checkpoint.keep=2 optim.warmup=0 ema.decay=0.5"
     " data.val.shards=demo:emoji/val_concept/*.tar eval.batch_size=64 eval.every=null eval.picture=false"
 )
 
 
 def test_the_average_in_shards_is_that_of_one_process_and_survives_a_resume(tmp_path):
     train_on(1, tmp_path, f"one {RUN}")
-    half = tmp_path / "sharded" / "checkpoints" / "samples_00000000000096.ckpt"
+    half = tmp_path / "sharded" / "checkpoints" / "samples_00000000000064.ckpt"
     sharded = f"{RUN} trainer.strategy=fsdp"
     train_on(2, tmp_path, f"sharded {sharded}", f"resumed {sharded} resume={half}")
     one, found, resumed = (

@@ -4,6 +4,7 @@ OUT is a folder, a RUN is `name override override ...` in one argument. Each lea
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,8 +19,15 @@ from clip_train.commands.program import config_dir
 from clip_train.training.module import ClipModule
 from clip_train.training.run import train
 from tests.cli.runs import TINY
+from tests.cli.warm_start import run_module
 
 COUNTED = 8  # counting is slow
+
+
+def train_on(ranks: int, folder: Path, *runs: str) -> None:
+    """Train these runs in `folder` on so many ranks."""
+    done = run_module("tests.distributed.train_many", [str(folder), *runs], os.environ, 900, ranks)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def main(output_dir: str, *runs: str) -> None:

@@ -3,8 +3,6 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -13,24 +11,18 @@ import pytest
 
 from clip_train.heartbeat import beat, last_beat
 from clip_train.training.watchdog import EXIT_STALLED, group_timeout
-from tests.cli.runs import TINY, group_is_gone
+from tests.cli.runs import TINY, group_is_gone, start_clip_train
+from tests.cli.warm_start import WarmProcess
 
 COMMON = [*TINY, "data.val.shards=null", "data.num_workers=1", "max_steps=100000", "guard.first_step_timeout=300"]
 
 
-def start(*arguments: str) -> subprocess.Popen:
+def start(*arguments: str) -> WarmProcess:
     """`clip-train` with two ranks and workers, in a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "clip_train.commands.train", *COMMON, "trainer.devices=2", *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return start_clip_train(*COMMON, "trainer.devices=2", *arguments)
 
 
-def the_other_rank(process: subprocess.Popen) -> int:
+def the_other_rank(process: WarmProcess) -> int:
     """The process that the first rank has started as the second."""
     for path in Path(f"/proc/{process.pid}/task").glob("*/children"):
         for child in map(int, path.read_text().split()):
@@ -48,7 +40,7 @@ def test_a_stopped_rank_ends_the_run_and_leaves_nothing(tmp_path):
         time.sleep(0.2)
     time.sleep(2)
     os.kill(the_other_rank(process), signal.SIGSTOP)
-    output, _ = process.communicate(timeout=300)
+    output = "".join(process.communicate(timeout=300))
     assert process.returncode == EXIT_STALLED, output
     assert "clip-train: error: rank 0 has finished nothing for" in output
     assert group_is_gone(process.pid)
@@ -59,7 +51,7 @@ def test_a_stopped_rank_ends_the_run_and_leaves_nothing(tmp_path):
 def test_a_rank_that_hangs_is_named_by_its_stack(tmp_path):
     hangs = ("loss._target_=tests.training.odd_losses.nan_at_calls", "+loss.calls=[]", "+loss.stuck_at=3")
     process = start("guard.timeout=10", *hangs, "+loss.rank=1", f"output_dir={tmp_path}", "run_name=run")
-    output, _ = process.communicate(timeout=400)
+    output = "".join(process.communicate(timeout=400))
     assert process.returncode == EXIT_STALLED, output
     assert group_is_gone(process.pid)
     stacks = [(tmp_path / "run" / "stacks" / f"rank_{rank:05d}.txt").read_text() for rank in (0, 1)]
