@@ -19,6 +19,12 @@ torch.set_num_threads(1)  # a plugin of pytest has imported it before
 settings.register_profile("no_deadline", deadline=None)  # tests assert behaviour, never time
 settings.load_profile("no_deadline")
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those on the test cluster first: they are in one file, and wait more than they compute."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
 COLORS = ["red", "green", "blue", "yellow", "pink", "white", "black", "orange"]
 
 

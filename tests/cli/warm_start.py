@@ -21,7 +21,10 @@ context.set_forkserver_preload(["clip_train.training.run", "clip_train.evaluatio
 
 
 class WarmProcess:
-    """`python -m module arguments`, with what tests use of subprocess.Popen; output is there when it has ended."""
+    """`python -m module arguments`, or `python FILE.py arguments`, with what tests use of subprocess.Popen.
+
+    Its output is there when it has ended.
+    """
 
     def __init__(
         self, module: str, arguments: Sequence[str], env: Mapping[str, str], *, start_new_session: bool = False
@@ -77,18 +80,23 @@ class WarmProcess:
         self.send_signal(signal.SIGKILL)
 
 
+def start_ranks(ranks: int, module: str, arguments: Sequence[str], env: Mapping[str, str]) -> list[WarmProcess]:
+    """One process, or several with the variables of torchrun."""
+    worlds = [{}] if ranks == 1 else _variables_of_torchrun(ranks)
+    return [WarmProcess(module, arguments, {**env, **variables}) for variables in worlds]
+
+
 def run_module(module: str, arguments: Sequence[str], env: Mapping[str, str], timeout: float, ranks: int = 1):
     """`python -m module arguments`; returns the finished process with its output as text.
 
     Args:
-        ranks: processes, if more than one with the variables of torchrun. Their output is one after the other, the
-            exit status that of the first rank that has failed.
+        ranks: processes, see start_ranks. Their output is one after the other, the exit status that of the first rank
+            that has failed.
 
     Raises:
         subprocess.TimeoutExpired: it took longer than `timeout` seconds, and was killed.
     """
-    worlds = [{}] if ranks == 1 else _variables_of_torchrun(ranks)
-    processes = [WarmProcess(module, arguments, {**env, **variables}) for variables in worlds]
+    processes = start_ranks(ranks, module, arguments, env)
     try:
         _wait_for_all(processes, timeout)
     finally:
@@ -153,7 +161,10 @@ def _run(
     os.chdir(folder)
     sys.argv[1:] = arguments
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if module.endswith(".py"):
+            runpy.run_path(module, run_name="__main__")
+        else:
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()  # multiprocessing leaves without
         sys.stdout.flush()

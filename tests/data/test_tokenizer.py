@@ -75,6 +75,7 @@ def test_ids_equal_open_clips_on_many_captions():
     assert_equal_to_open_clip(captions, 77)
 
 
+@pytest.mark.slow
 def test_ids_equal_open_clips_on_the_development_data():
     folder = Path(__file__).parents[3] / "shared" / "data"
     if not folder.is_dir():

@@ -20,6 +20,7 @@ from tests.models.align_weights import from_align
 from tests.models.configs import load_config
 
 VOCAB = 500
+slow = partial(pytest.param, marks=pytest.mark.slow)  # larger than another of its family
 SMALL_TEXT = ("model.text.layers=1", f"model.text.vocab_size={VOCAB}")
 
 
@@ -87,20 +88,20 @@ def assert_same_embeddings(model: DualEncoder, image: Tensor, text: Tensor, pixe
     ("config", "name", "size", "vision", "trunk"),
     [
         ("vit_h_14", "ViT-H-14", 224, {"layers": 1}, {"depth": 1}),
-        ("vit_g_14", "ViT-g-14", 224, {"layers": 1}, {"depth": 1}),
-        ("vit_bigg_14", "ViT-bigG-14", 224, {"layers": 1}, {"depth": 1}),
+        slow("vit_g_14", "ViT-g-14", 224, {"layers": 1}, {"depth": 1}),
+        slow("vit_bigg_14", "ViT-bigG-14", 224, {"layers": 1}, {"depth": 1}),
         ("vit_l_14_336", "ViT-L-14-336-quickgelu", 336, {"layers": 1}, {"depth": 1}),
         ("rn50", "RN50-quickgelu", 64, {"image_size": 64}, {}),
-        ("rn101", "RN101-quickgelu", 64, {"image_size": 64}, {}),
-        ("rn50x4", "RN50x4-quickgelu", 96, {"image_size": 96}, {}),
+        slow("rn101", "RN101-quickgelu", 64, {"image_size": 64}, {}),
+        slow("rn50x4", "RN50x4-quickgelu", 96, {"image_size": 96}, {}),
         ("vit_b_16_siglip", "ViT-B-16-SigLIP", 224, {}, {"depth": 1}),
-        ("vit_l_16_siglip", "ViT-L-16-SigLIP-256", 256, {}, {"depth": 1}),
-        ("vit_so400m_14_siglip", "ViT-SO400M-14-SigLIP-384", 384, {}, {"depth": 1}),
+        slow("vit_l_16_siglip", "ViT-L-16-SigLIP-256", 256, {}, {"depth": 1}),
+        slow("vit_so400m_14_siglip", "ViT-SO400M-14-SigLIP-384", 384, {}, {"depth": 1}),
         ("vit_b_16_siglip2", "ViT-B-16-SigLIP2", 224, {}, {"depth": 1}),
-        ("vit_l_16_siglip2", "ViT-L-16-SigLIP2-256", 256, {}, {"depth": 1}),
-        ("vit_so400m_14_siglip2", "ViT-SO400M-14-SigLIP2", 224, {}, {"depth": 1}),
+        slow("vit_l_16_siglip2", "ViT-L-16-SigLIP2-256", 256, {}, {"depth": 1}),
+        slow("vit_so400m_14_siglip2", "ViT-SO400M-14-SigLIP2", 224, {}, {"depth": 1}),
         ("eva02_b_16", "EVA02-B-16", 224, {}, {"depth": 1}),
-        ("eva02_l_14", "EVA02-L-14", 224, {}, {"depth": 1}),
+        slow("eva02_l_14", "EVA02-L-14", 224, {}, {"depth": 1}),
         ("convnext_base", "convnext_base", 64, {}, {"depths": [1, 1, 1, 1]}),
     ],
 )

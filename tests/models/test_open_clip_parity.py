@@ -13,7 +13,11 @@ CAPTIONS = ["a photo of a cat", "", "an " + "extremely " * 90 + "long caption"]
 
 @pytest.mark.parametrize(
     ("config", "name"),
-    [("vit_b_32", "ViT-B-32-quickgelu"), ("vit_b_16", "ViT-B-16-quickgelu"), ("vit_l_14", "ViT-L-14-quickgelu")],
+    [
+        ("vit_b_32", "ViT-B-32-quickgelu"),
+        pytest.param("vit_b_16", "ViT-B-16-quickgelu", marks=pytest.mark.slow),
+        pytest.param("vit_l_14", "ViT-L-14-quickgelu", marks=pytest.mark.slow),
+    ],
 )
 def test_forward_equals_open_clips(config, name):
     torch.manual_seed(0)

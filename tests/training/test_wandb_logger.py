@@ -1,7 +1,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from clip_train.training.csv_logger import CsvLogger
 from clip_train.training.run_folder import RunFolder
 from clip_train.training.wandb_files import last_step, logged_steps, read_records, wandb_files
 from clip_train.training.wandb_logger import WandbLogger
+from tests.cli.warm_start import run_module
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +86,8 @@ print("went on")
 
 def run_python(program: str, folder: Path, **env: str) -> subprocess.CompletedProcess:
     others = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    command = [sys.executable, "-c", program, str(folder)]
-    return subprocess.run(command, env={**others, **env}, capture_output=True, text=True, check=False)
+    (folder / "program.py").write_text(program)
+    return run_module(str(folder / "program.py"), [str(folder)], {**others, **env}, timeout=300)
 
 
 def test_w_and_b_dying_does_not_end_the_run(tmp_path):
