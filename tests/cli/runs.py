@@ -21,7 +21,7 @@ TINY = [
 
 
 def clip_train(
-    *arguments: str, launcher: tuple[str, ...] = (), ranks: int = 1, timeout: float = 300, **env: str
+    *arguments: str, launcher: tuple[str, ...] = (), ranks: int = 1, timeout: float = 900, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `clip-train`, on several ranks as torchrun starts them; returns the finished process with its output as text.
 

@@ -12,6 +12,7 @@ import pytest
 
 from clip_train.training.csv_logger import read_metrics
 from tests.cli.runs import TINY, clip_train, start_clip_train
+from tests.cli.warm_start import run_module
 
 COMMON = [*TINY, "data.val.shards=null", "data.num_workers=0", "trainer.log_every=1"]
 SHORT = [*COMMON, "max_steps=30"]
@@ -98,8 +99,8 @@ def test_lightning_installs_no_handlers_of_its_own():
     # In a job of SLURM its default is to save and requeue inside a handler.
     job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job", "SLURM_NODELIST": "localhost", "SLURM_NTASKS": "1"}
     job |= {"SLURM_NTASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
-    command = [sys.executable, Path(__file__).with_name("lightning_handlers.py")]
-    done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True, check=False, timeout=600)
+    program = Path(__file__).with_name("lightning_handlers.py")
+    done = run_module(str(program), [], {**os.environ, **job}, timeout=600)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "ours"), done.stderr
 
 
