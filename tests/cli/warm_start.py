@@ -160,6 +160,7 @@ def _run(
     os.environ.update(env)
     os.chdir(folder)
     sys.argv[1:] = arguments
+    multiprocessing.set_start_method(None, force=True)  # a child of a server would start a server for loader workers
     try:
         if module.endswith(".py"):
             runpy.run_path(module, run_name="__main__")
