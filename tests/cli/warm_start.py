@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import connection
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["clip_train.training.run", "clip_train.evaluation.picture", __name__])
+context.set_forkserver_preload(["clip_train.training.run", "clip_train.evaluation.picture", "tests.conftest", __name__])
 
 
 class WarmProcess:
