@@ -3,7 +3,9 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from clip_benchmark import cli
@@ -46,7 +48,13 @@ def write_set(folder: Path) -> Path:
 def clip_benchmark(monkeypatch, *arguments: str) -> None:
     """Its program, in this process."""
     monkeypatch.setattr("sys.argv", ["clip_benchmark", *arguments])
+    # It takes float() of arrays of one number, which numpy does no more.
+    monkeypatch.setattr(zeroshot_classification, "float", _to_float, raising=False)
     cli.main()
+
+
+def _to_float(value: Any) -> float:
+    return float(np.asarray(value, dtype=np.float64).item())
 
 
 def config(*overrides: str) -> DictConfig:
