@@ -88,26 +88,24 @@ def test_zero_shot_on_one_rank_and_two_on_shards_and_folders(tmp_path, weights, 
 
 
 def test_robustness_has_a_row_for_each_corruption(tmp_path, weights, pattern):
-    files = evaluated(tmp_path / "out", *weights, f"data={pattern}", "task=robustness", "task.resize=[0.25]")
+    """With prompts of one's own, averaged as probabilities, in bf16."""
+    (tmp_path / "prompts.yaml").write_text("".join(f"{name}: [{name}, 'all {name}']\n" for name in CLASSES))
+    options = ["task=robustness", "task.resize=[0.25]", "task.dataset=mine", "precision=bf16"]
+    prompts = [f"task.classes={tmp_path}/prompts.yaml", "task.ensemble=probability"]
+    files = evaluated(tmp_path / "out", *weights, f"data={pattern}", *options, *prompts)
     rows = list(csv.DictReader(io.StringIO(files["results.csv"].decode())))
     assert [row["variant"] for row in rows][:3] == ["", "resize=0.25", "jpeg_quality=50"]
     accuracies = [float(row["acc1"]) for row in rows]
-    mean = json.loads(files["results.json"])["metrics"]["mean_corrupted_acc1"]
-    assert mean == pytest.approx(sum(accuracies[1:]) / len(accuracies[1:]))
-
-
-def test_prompts_of_ones_own_bf16_and_probabilities(tmp_path, weights, pattern):
-    prompts = "".join(f"{name}: [{name}, 'all {name}']\n" for name in CLASSES)
-    (tmp_path / "prompts.yaml").write_text(prompts)
-    options = [f"task.classes={tmp_path}/prompts.yaml", "task.ensemble=probability", "precision=bf16"]
-    files = evaluated(tmp_path / "out", *weights, f"data={pattern}", *options, "task.dataset=mine")
-    assert json.loads(files["results.json"])["dataset"] == "mine"
+    results = json.loads(files["results.json"])
+    assert results["dataset"] == "mine"
+    assert results["metrics"]["mean_corrupted_acc1"] == pytest.approx(sum(accuracies[1:]) / len(accuracies[1:]))
 
 
 def test_what_cannot_be_is_one_line(tmp_path, weights, pattern):
     data = f"data={pattern}"
     for arguments, message in (
         (weights, "data has no value: give data=..."),
+        ([*weights, data, "output=/proc/out"], "output=/proc/out cannot be written"),
         ([*weights, data, "task=zeroshot"], "task=zeroshot: no such config; did you mean zero_shot"),
         ([*weights, data, "precision=16"], "precision=16 is none of 32, bf16"),
         ([*weights, data, "task.ensemble=logits"], "task.ensemble=logits is none of embedding, probability"),
@@ -116,6 +114,6 @@ def test_what_cannot_be_is_one_line(tmp_path, weights, pattern):
         ([*weights, f"data={tmp_path}"], f"data: {tmp_path} has neither shards"),
         ([*weights, f"data={tmp_path}/x"], f"data: shard {tmp_path}/x does not exist"),
     ):
-        done = clip_eval(*arguments, f"output={tmp_path}/out")
+        done = clip_eval(f"output={tmp_path}/out", *arguments)
         assert done.returncode == 2, done.stderr
         assert re.fullmatch(rf"clip-eval: error: {re.escape(message)}.*\n", done.stderr), done.stderr
