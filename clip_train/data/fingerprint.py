@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from clip_train.data.eval_batches import SampleReader
 from clip_train.data.mixture import Mixture
 from clip_train.data.order import ORDER_VERSION, SampleOrder
 from clip_train.data.pairs import PairReader
@@ -36,10 +37,10 @@ def describe(sources: Mapping[str, PairReader], order: SampleOrder | Mixture) ->
     }
 
 
-def describe_shards(reader: PairReader) -> Description:
+def describe_shards(reader: SampleReader) -> Description:
     """A reader's shards: how many, how they are called, and how many samples are in each; and what its labels mean."""
     names = [_name(shard) for shard in reader.shard_names]
-    classes = [(found.names, found.templates) for found in reader.classes if found]
+    classes = [(found.names, found.templates, *(found.prompts or ())) for found in reader.classes if found]
     return {
         **({"classes_sha256": _digest(classes)} if classes else {}),
         "shards": len(names),

@@ -25,6 +25,9 @@ class NameClassifier(DualEncoder):
         base: whose towers these are.
         classes: in the order of their labels.
         tokenizer: the model's.
+
+    Raises:
+        ConfigError: some classes have more captions than others.
     """
 
     batch_keys = ("image", "label")
@@ -37,6 +40,7 @@ class NameClassifier(DualEncoder):
         if self.logit_bias is not None:
             self.logit_bias.requires_grad_(False)  # the same for all classes, it changes nothing
         self.classes, self.tokenizer = classes, tokenizer
+        self._captions_per_class = classes.captions_per_class
         self._lasting: Tensor | None = None
 
     def forward(
@@ -51,7 +55,7 @@ class NameClassifier(DualEncoder):
         if _learns(self.text) or _learns(self.text_adapter):
             return self._means([self.encode_text(self._ids(range(len(self.classes)), device))])
         if self._lasting is None:
-            at_once = max(1, _CAPTIONS_AT_ONCE // len(self.classes.templates))
+            at_once = max(1, _CAPTIONS_AT_ONCE // self._captions_per_class)
             labels = range(len(self.classes))
             with torch.no_grad():
                 parts = [self._ids(labels[start:][:at_once], device) for start in labels[::at_once]]
@@ -63,8 +67,8 @@ class NameClassifier(DualEncoder):
         return self.encode_text(ids)
 
     def _means(self, encoded: list[Tensor]) -> Float[Tensor, "classes embed"]:
-        per_template = torch.cat(encoded).unflatten(0, (len(self.classes), len(self.classes.templates)))
-        return F.normalize(per_template.mean(dim=1), dim=-1)
+        per_caption = torch.cat(encoded).unflatten(0, (len(self.classes), self._captions_per_class))
+        return F.normalize(per_caption.mean(dim=1), dim=-1)
 
     def _ids(self, labels: range, device: torch.device) -> Int64[Tensor, "captions length"]:
         captions = [caption for label in labels for caption in self.classes.captions(label)]

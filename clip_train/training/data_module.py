@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader
 
 from clip_train.data.augmentation import Augmentation
 from clip_train.data.batches import TrainBatches
-from clip_train.data.class_names import LABEL_EXTENSION, ClassNames, read_class_names
+from clip_train.data.class_names import ClassNames, read_class_names
 from clip_train.data.eval_batches import EvalBatches
 from clip_train.data.feature_batches import FeatureBatches
 from clip_train.data.files import user_cache
 from clip_train.data.fingerprint import Description, describe, describe_shards, digest
 from clip_train.data.index import ShardIndex
+from clip_train.data.labelled import read_labelled
 from clip_train.data.loader import BatchStarts, make_loader
 from clip_train.data.mixture import Mixture
 from clip_train.data.pairs import PairReader
@@ -29,10 +30,8 @@ from clip_train.data.sources import has_labels, open_sources, order_sources
 from clip_train.data.staging import Stager
 from clip_train.data.tokenizer_choice import CaptionTokenizer
 from clip_train.errors import ConfigError, DataError
-from clip_train.training.launch import World, cpus_per_process
+from clip_train.training.launch import World, num_workers
 from clip_train.training.module import ClipModule
-
-_MOST_WORKERS = 8
 
 
 class ClipDataModule(L.LightningDataModule):
@@ -65,7 +64,7 @@ class ClipDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.world, self.batch_size = world, batch_size
-        self.num_workers = _num_workers(data["num_workers"], world)
+        self.num_workers = num_workers(data["num_workers"], world, "data.num_workers")
         self._cache_dir = data["cache_dir"]
         self._retries, self._timeout = data["retries"], data["timeout"]
         cache_size = parse_bytes(data["cache_size"], "data.cache_size")
@@ -142,10 +141,7 @@ class ClipDataModule(L.LightningDataModule):
         image_key = val["image_key"] if isinstance(val["image_key"], str) else ";".join(val["image_key"])
         shards = self._open_shards(given["shards"], f"{setting}.shards")
         classes = self._find_classes(f"{setting}.classes", given.get("classes"), shards[0].shard)
-        reader = PairReader(shards, image_key, LABEL_EXTENSION, setting, classes)
-        if reader.num_incomplete:
-            raise DataError(f"{setting}: {reader.num_incomplete} samples lack an image or a label")
-        return reader
+        return read_labelled(shards, classes, image_key, setting)
 
     def _find_classes(self, setting: str, address: str | None, shard: str) -> ClassNames:
         return read_class_names(address, shard, setting, self._retries, self._timeout)
@@ -215,11 +211,3 @@ def _named_sets(shards: str | Sequence[str] | Mapping[str, Any] | None, otherwis
         return dict(shards)
     folder = Path(shards if isinstance(shards, str) else shards[0]).parent.name
     return {folder if re.fullmatch(r"\w[\w.-]*", folder) and "::" not in shards else otherwise: shards}
-
-
-def _num_workers(setting: int | str, world: World) -> int:
-    if setting == "auto":
-        return min(_MOST_WORKERS, cpus_per_process(world))
-    if not isinstance(setting, int) or setting < 0:
-        raise ConfigError(f"data.num_workers={setting} is neither a number nor auto")
-    return setting
