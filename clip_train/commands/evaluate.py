@@ -1,4 +1,4 @@
-"""clip-eval: how good a model is."""
+"""clip-eval: how good a model is, and the page that shows a run."""
 
 import re
 import sys
@@ -29,8 +29,12 @@ def _evaluate(cfg: DictConfig) -> int:
     from clip_train.evaluation.tasks import TASKS
     from clip_train.interop.joining import WeightSource
     from clip_train.interop.model_source import open_model
+    from clip_train.report.run_report import write_report
     from clip_train.training.launch import find_world, join_ranks, num_workers
 
+    if cfg.report is not None:
+        print(f"wrote {write_report(str(cfg.report))}")
+        return EXIT_DONE
     for key, value in (("weights", cfg.weights), ("data", cfg.data.path)):
         if value is None:
             raise ConfigError(f"{key} has no value: give {key}=...")

@@ -37,7 +37,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What clip-eval wrote into a folder: its results, and the pictures beside them."""
+    """What was measured on a set: at the end of training, or by clip-eval in a folder inside the run's."""
 
     title: str
     metrics: dict[str, str]
@@ -80,7 +80,7 @@ def _content(run: RunFolder) -> dict[str, Any]:
         "metrics": {name: _readable(value) for name, value in summary.get("metrics", {}).items()},
         "data": list(_data_rows(run)),
         "retrieval": _picture(run.path / "retrieval.png", "What the model finds"),
-        "evaluations": list(_evaluations(run.path)),
+        "evaluations": [*_zero_shot(run.path, summary.get("metrics", {})), *_evaluations(run.path)],
         "environment": summary.get("environment", {}),
         "config": run.config.read_text(),
     }
@@ -104,6 +104,18 @@ def _data_rows(run: RunFolder) -> Iterator[tuple[str, str, str]]:
         for source in description.get("sources", []):
             yield source["name"], _readable(source["shards"]), _readable(source["samples"])
         return
+
+
+def _zero_shot(folder: Path, metrics: Mapping[str, float]) -> Iterator[Evaluation]:
+    """The labelled sets of the end of training."""
+    sets: dict[str, dict[str, str]] = {}
+    for key, value in metrics.items():
+        if key.startswith("zero_shot/"):
+            name, metric = key.removeprefix("zero_shot/").rsplit("/", 1)
+            sets.setdefault(name, {})[metric] = _readable(value)
+    for name, found in sets.items():
+        confusion = _picture(folder / f"confusion_{name}.png", "confusion matrix")
+        yield Evaluation(f"zero-shot classification of {name}", found, [confusion] if confusion else [])
 
 
 def _evaluations(folder: Path) -> Iterator[Evaluation]:

@@ -198,7 +198,7 @@ def _validation(
         every_samples=plan.clock.cadence(settings.every, "eval.every"),
         batch_size=settings.batch_size,
         num_workers=plan.data.num_workers,
-        picture=plan.folder.path / "retrieval.png" if settings.picture else None,
+        pictures=plan.folder.path if settings.picture else None,
         metrics=metrics,
         average=average,
         after=after,

@@ -3,15 +3,17 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from clip_train.data.class_names import ClassNames
 from clip_train.data.eval_batches import EvalBatches
 from clip_train.errors import ConfigError
 from clip_train.evaluation import classification
-from clip_train.evaluation.classification import classification_metrics, classify_set
+from clip_train.evaluation.classification import Predictions, classification_metrics, classify_set, confusion_matrix
 from clip_train.evaluation.features import Features, encode_pairs
 from clip_train.evaluation.retrieval import METRICS, retrieval_metrics
 from clip_train.evaluation.zero_shot import evaluating, make_classifier, set_classes
@@ -35,7 +37,8 @@ class Validation(Callback):
         every_samples: cadence; None evaluates at the end only.
         batch_size: pairs per forward pass on a rank.
         num_workers: loader processes.
-        picture: where the last evaluation draws the first set's retrieval; None for no picture.
+        pictures: the folder where the last evaluation draws the first set's retrieval, and what is taken for what in
+            the labelled sets; None for no pictures.
         metrics: whose clock stands still meanwhile.
         average: of the weights, evaluated in their place; None evaluates the weights.
         after: are told of all sets' metrics, on every rank.
@@ -53,14 +56,14 @@ class Validation(Callback):
         every_samples: int | None,
         batch_size: int,
         num_workers: int,
-        picture: Path | None,
+        pictures: Path | None,
         metrics: TrainMetrics,
         average: WeightAverage | None = None,
         after: Sequence[AfterEvaluation],
         owed: bool = False,
     ) -> None:
         self.metrics, self.average, self.after, self.owed = metrics, average, after, owed
-        self.sets, self.labelled, self.every_samples, self.picture = sets, labelled, every_samples, picture
+        self.sets, self.labelled, self.every_samples, self.pictures = sets, labelled, every_samples, pictures
         self.batch_size, self.num_workers = batch_size, num_workers
         self.latest: dict[str, float] = {}
 
@@ -83,7 +86,7 @@ class Validation(Callback):
     def _evaluate(self, trainer: L.Trainer, pl_module: ClipModule, final: bool) -> None:
         with self.average.in_place_of_weights(pl_module) if self.average else nullcontext():
             self._evaluate_sets(trainer, pl_module, final)
-            self._classify_sets(trainer, pl_module)
+            self._classify_sets(trainer, pl_module, final)
         if self.sets or self.labelled:
             for told in self.after:
                 told(trainer, pl_module, self.latest)
@@ -104,9 +107,10 @@ class Validation(Callback):
             log_metrics(trainer, pl_module.samples_seen, metrics)
             log.info("%s", _sentence(name, len(batches), scores))
             if final and number == 0:
-                self._draw(trainer, _sentence(name, len(batches), scores), batches, features)
+                said = _sentence(name, len(batches), scores)
+                self._draw(trainer, "retrieval.png", partial(_draw_retrieval, said, batches, features))
 
-    def _classify_sets(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
+    def _classify_sets(self, trainer: L.Trainer, pl_module: ClipModule, final: bool) -> None:
         precision = trainer.precision_plugin
         for name, batches in self.labelled.items():
             with whole_weights(pl_module.model), evaluating(pl_module.model):
@@ -120,23 +124,40 @@ class Validation(Callback):
                     autocast=precision.forward_context(),
                     device=pl_module.device,
                 )
-            scores = classification_metrics(predictions, len(set_classes(batches)))
+            classes = set_classes(batches)
+            scores = classification_metrics(predictions, len(classes))
             metrics = {f"zero_shot/{name}/{key}": value for key, value in scores.items()}
             self.latest.update(metrics)
             log_metrics(trainer, pl_module.samples_seen, metrics)
             top1, top5 = scores["top1"], scores["top5"]
-            log.info("%s: top-1 %.1f%%, top-5 %.1f%% of %d pictures", name, 100 * top1, 100 * top5, len(batches))
+            said = f"{name}: top-1 {top1:.1%}, top-5 {top5:.1%} of {len(batches)} pictures"
+            log.info("%s", said)
+            if final:
+                self._draw(trainer, f"confusion_{name}.png", partial(_draw_confusion, said, predictions, classes))
 
-    def _draw(self, trainer: L.Trainer, title: str, batches: EvalBatches, features: Features) -> None:
-        if self.picture is not None and trainer.is_global_zero:
-            from clip_train.evaluation.picture import draw_retrieval
+    def _draw(self, trainer: L.Trainer, name: str, draw: Callable[[Path], None]) -> None:
+        if self.pictures is None or not trainer.is_global_zero:
+            return
+        path = self.pictures / name
+        try:
+            draw(path)
+        except OSError as error:  # a full disk must not end a run
+            log.error("COULD NOT DRAW %s: %s", path, error.strerror or error)
+        else:
+            log.info("drew %s", path)
 
-            try:
-                draw_retrieval(self.picture, title, batches, Features(features.image.cpu(), features.text.cpu()))
-            except OSError as error:  # a full disk must not end a run
-                log.error("COULD NOT DRAW %s: %s", self.picture, error.strerror or error)
-            else:
-                log.info("drew %s", self.picture)
+
+# matplotlib is imported when something is drawn: it takes a second
+def _draw_retrieval(title: str, batches: EvalBatches, features: Features, path: Path) -> None:
+    from clip_train.evaluation.picture import draw_retrieval
+
+    draw_retrieval(path, title, batches, Features(features.image.cpu(), features.text.cpu()))
+
+
+def _draw_confusion(title: str, predictions: Predictions, classes: ClassNames, path: Path) -> None:
+    from clip_train.evaluation.classification_pictures import draw_confusion
+
+    draw_confusion(path, confusion_matrix(predictions, len(classes)).numpy(), classes.names, title)
 
 
 def check_best_metric(metric: str | None, sets: Iterable[str], labelled: Iterable[str] = ()) -> None:

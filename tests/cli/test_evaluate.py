@@ -111,9 +111,17 @@ def test_what_cannot_be_is_one_line(tmp_path, weights, pattern):
         ([*weights, data, "task.ensemble=logits"], "task.ensemble=logits is none of embedding, probability"),
         ([*weights, data, "task.classnames=cifar10"], "task.classnames=cifar10: clip-benchmark has those of"),
         ([*weights, data, "task.classes=a.txt", "task.templates=mnist"], "task.classes and task.templates are both"),
+        ([f"report={tmp_path}"], f"report={tmp_path} is not the folder of a run: it has no config.yaml"),
         ([*weights, f"data={tmp_path}"], f"data: {tmp_path} has neither shards"),
         ([*weights, f"data={tmp_path}/x"], f"data: shard {tmp_path}/x does not exist"),
     ):
         done = clip_eval(f"output={tmp_path}/out", *arguments)
         assert done.returncode == 2, done.stderr
         assert re.fullmatch(rf"clip-eval: error: {re.escape(message)}.*\n", done.stderr), done.stderr
+
+
+def test_the_report_of_a_run_is_written_again(tmp_path):
+    (tmp_path / "config.yaml").write_text("batch_size: 64\n")
+    done = clip_eval(f"report={tmp_path}")
+    assert done.returncode == 0 and done.stdout == f"wrote {tmp_path}/report.html\n", done.stderr
+    assert "batch_size: 64" in (tmp_path / "report.html").read_text()

@@ -52,6 +52,7 @@ def test_zero_shot_accuracy_is_logged_and_chooses_checkpoints(base):
     summary = json.loads((base / "summary.json").read_text())["metrics"]
     assert (summary["zero_shot/colours_val/top1"], summary["zero_shot/colours_val/top5"]) == found[-1]
     assert "colours_val: top-1" in (base / "train.log").read_text()
+    assert (base / "confusion_colours_val.png").read_bytes().startswith(b"\x89PNG")
 
 
 def probe_arguments(pattern: str, val: str, base: Path) -> list[str]:

@@ -51,7 +51,7 @@ def run(tmp_path) -> Path:
     (folder / "summary.json").write_text(json.dumps(SUMMARY))
     about = {"task": "zeroshot_classification", "dataset": "food101"}
     (evaluation / "results.json").write_text(json.dumps({**about, "metrics": {"acc1": 0.4321}}))
-    for path in (folder / "retrieval.png", evaluation / "confusion_matrix.png"):
+    for path in (folder / "retrieval.png", folder / "confusion_food.png", evaluation / "confusion_matrix.png"):
         Image.new("RGB", (8, 8)).save(path)
     (folder / "results.json").write_text("[]")  # somebody else's
     return folder
@@ -59,13 +59,14 @@ def run(tmp_path) -> Path:
 
 def test_it_shows_what_lies_in_the_folder(run):
     page = Page(write_report(run))
-    for text in ("<b>run & co", "complete", "64,000", "151,277,313", "zero_shot/food/top1", "0.625", "2.15.0"):
+    named = ("<b>run & co", "complete", "64,000", "151,277,313", "zero_shot/food/top1", "0.625", "2.15.0")
+    for text in (*named, "zero-shot classification of food"):
         assert text in page.texts, text
     assert {"Training loss", "Validation loss", "Recall"} < set(page.texts)
     assert {"zeroshot_classification on food101", "acc1", "0.4321", "confusion matrix"} < set(page.texts)
     assert "run_name: </pre><script>" in "\n".join(page.texts)
     pictures = [address for address in page.addresses if not address.startswith("#")]
-    assert len(pictures) == 2 and all(address.startswith("data:image/png;base64,") for address in pictures)
+    assert len(pictures) == 3 and all(address.startswith("data:image/png;base64,") for address in pictures)
 
 
 def test_a_run_under_way_and_a_folder_that_is_none(run, tmp_path):

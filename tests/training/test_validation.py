@@ -2,10 +2,12 @@ import logging
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
 from clip_train.errors import ConfigError
+from clip_train.evaluation.classification_pictures import draw_confusion
 from clip_train.evaluation.features import Features
 from clip_train.evaluation.retrieval import METRICS, retrieval_metrics
 from clip_train.training.validation import Validation, check_best_metric
@@ -26,16 +28,11 @@ def test_a_misspelt_best_metric_is_refused():
 
 
 def test_a_picture_that_cannot_be_written_does_not_end_the_run(tmp_path, caplog):
-    class Pairs:
-        def __len__(self) -> int:
-            return 2
-
-        def picture_and_caption(self, index: int):
-            return torch.zeros(8, 8, 3, dtype=torch.uint8).numpy(), "a caption"
-
     settings = {"every_samples": None, "batch_size": 1, "num_workers": 0, "metrics": cast(Any, None), "after": []}
-    validation = Validation({}, {}, picture=tmp_path / "gone" / "retrieval.png", **settings)
-    trainer, pairs = cast(Any, SimpleNamespace(is_global_zero=True)), cast(Any, Pairs())
+    validation = Validation({}, {}, pictures=tmp_path / "gone", **settings)
+    trainer = cast(Any, SimpleNamespace(is_global_zero=True))
     with caplog.at_level(logging.ERROR):
-        validation._draw(trainer, "title", pairs, Features(torch.eye(2), torch.eye(2)))
+        validation._draw(
+            trainer, "confusion_pets.png", lambda path: draw_confusion(path, np.eye(2), ("cat", "dog"), "")
+        )
     assert "COULD NOT DRAW" in caplog.text and "No such file" in caplog.text
