@@ -14,12 +14,12 @@ def _caption(cfg: DictConfig) -> int:
     import torch
     from omegaconf import OmegaConf
 
-    from clip_train.commands.shards import typed
     from clip_train.errors import ConfigError
     from clip_train.evaluation.captioning import caption_pictures, find_pictures
     from clip_train.interop.model_source import open_model
     from clip_train.models.captioner import Captioner
     from clip_train.models.generation import CaptionOptions
+    from clip_train.typed_config import typed
 
     for key in ("weights", "images"):
         if cfg[key] is None:

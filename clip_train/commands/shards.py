@@ -4,15 +4,15 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue
 
 from clip_train.commands.program import EXIT_DONE, EXIT_USER_ERROR, run_program
 from clip_train.commands.shard_reports import BenchTable, print_damages, print_summary, progress
 from clip_train.errors import ConfigError, DataError
+from clip_train.typed_config import typed
 
 EXIT_DAMAGED, EXIT_INTERRUPTED = 1, 130
 _USAGE = """\
@@ -38,8 +38,6 @@ examples:
 
 Tab completion: eval "$(clip-shards -sc install=bash)"
 """
-
-Options = TypeVar("Options")
 
 
 def main() -> None:
@@ -71,12 +69,6 @@ def _command_to_complete() -> str:
         sys.exit(EXIT_DONE)
     os.environ["COMP_LINE"] = line.replace(f" {words[1]}", "", 1)
     return words[1]
-
-
-def typed(kind: type[Options], cfg: DictConfig) -> Options:
-    """The dataclass `kind` from the config's keys of the same names; OmegaConf's error if one has the wrong type."""
-    own = {field.name: cfg[field.name] for field in fields(kind)}  # type: ignore[arg-type]
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), own))  # type: ignore[return-value]
 
 
 def _make(cfg: DictConfig) -> int:
@@ -245,8 +237,6 @@ def _in_one_line(task: Callable[[DictConfig], int]) -> Callable[[DictConfig], in
             return task(cfg)
         except MissingMandatoryValue as error:
             raise ConfigError(f"{error.full_key} has no value: give {error.full_key}=...") from error
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
         except KeyboardInterrupt:
             print("clip-shards: interrupted", file=sys.stderr)
             return EXIT_INTERRUPTED

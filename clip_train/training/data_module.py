@@ -29,10 +29,8 @@ from clip_train.data.sources import has_labels, open_sources, order_sources
 from clip_train.data.staging import Stager
 from clip_train.data.tokenizer_choice import CaptionTokenizer
 from clip_train.errors import ConfigError, DataError
-from clip_train.training.launch import World, cpus_per_process
+from clip_train.training.launch import World, num_workers
 from clip_train.training.module import ClipModule
-
-_MOST_WORKERS = 8
 
 
 class ClipDataModule(L.LightningDataModule):
@@ -65,7 +63,7 @@ class ClipDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.world, self.batch_size = world, batch_size
-        self.num_workers = _num_workers(data["num_workers"], world)
+        self.num_workers = num_workers(data["num_workers"], world, "data.num_workers")
         self._cache_dir = data["cache_dir"]
         self._retries, self._timeout = data["retries"], data["timeout"]
         cache_size = parse_bytes(data["cache_size"], "data.cache_size")
@@ -215,11 +213,3 @@ def _named_sets(shards: str | Sequence[str] | Mapping[str, Any] | None, otherwis
         return dict(shards)
     folder = Path(shards if isinstance(shards, str) else shards[0]).parent.name
     return {folder if re.fullmatch(r"\w[\w.-]*", folder) and "::" not in shards else otherwise: shards}
-
-
-def _num_workers(setting: int | str, world: World) -> int:
-    if setting == "auto":
-        return min(_MOST_WORKERS, cpus_per_process(world))
-    if not isinstance(setting, int) or setting < 0:
-        raise ConfigError(f"data.num_workers={setting} is neither a number nor auto")
-    return setting

@@ -1,9 +1,11 @@
 """Who starts the processes, and which of them this one is."""
 
+import logging
 import os
 from dataclasses import dataclass
 
 import torch
+from lightning.fabric import Fabric
 from lightning.pytorch.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -12,8 +14,10 @@ from lightning.pytorch.plugins.environments import (
 )
 
 from clip_train.errors import ConfigError
+from clip_train.processes import die_with_parent
 
 _ACCELERATORS = ("auto", "cpu", "gpu")
+_MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,25 @@ def started_by_lightning() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) > 0 and not TorchElasticEnvironment.detect()
 
 
+def join_ranks(world: World) -> torch.device:
+    """Start the processes that no launcher has started, connect all, and tell this one's device.
+
+    For programs without a Trainer, which does this for training.
+    """
+    if started_by_lightning():
+        die_with_parent()
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    fabric = Fabric(
+        accelerator=world.accelerator,
+        devices=world.devices,
+        num_nodes=world.num_nodes,
+        strategy="auto" if world.size == 1 else "ddp",
+        plugins=[world.environment],
+    )
+    fabric.launch()
+    return fabric.device
+
+
 def _check_launcher(launcher: str, devices: int | str, local: int) -> None:
     if devices not in ("auto", local):
         raise ConfigError(
@@ -94,3 +117,19 @@ def cpus_per_process(world: World) -> int:
     """Processors this process may use, its neighbours' share left out."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, available // world.devices)
+
+
+def num_workers(setting: int | str, world: World, key: str) -> int:
+    """Loader processes of a rank; `auto` is as many as there are processors, at most 8.
+
+    Args:
+        key: where the setting is in the config.
+
+    Raises:
+        ConfigError: it is neither a number nor `auto`.
+    """
+    if setting == "auto":
+        return min(_MOST_WORKERS, cpus_per_process(world))
+    if not isinstance(setting, int) or setting < 0:
+        raise ConfigError(f"{key}={setting} is neither a number nor auto")
+    return setting

@@ -9,12 +9,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from clip_train.commands.program import config_dir
-from clip_train.commands.shards import typed
 from clip_train.shard_tools.access import ShardAccess
 from clip_train.shard_tools.make import MadeShards, MakeOptions, make_shards
 from clip_train.shard_tools.pictures import Resizing
 from clip_train.shard_tools.samples import Selection
 from clip_train.shard_tools.source import TableColumns
+from clip_train.typed_config import typed
 from tests.conftest import encode_image
 
 NUM_PICTURES = 5

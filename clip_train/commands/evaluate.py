@@ -1,0 +1,74 @@
+"""clip-eval: how good a model is."""
+
+import re
+import sys
+
+from omegaconf import DictConfig
+
+from clip_train.commands.program import EXIT_DONE, run_program
+
+_DATA = re.compile(r"^data=")  # data=PATH is short for data.path=PATH; to Hydra it would be a choice of the group
+
+
+def main() -> None:
+    """Entry point."""
+    sys.argv[1:] = [_DATA.sub("data.path=", argument) for argument in sys.argv[1:]]
+    run_program("clip-eval", "eval", _evaluate)
+
+
+def _evaluate(cfg: DictConfig) -> int:
+    from pathlib import Path
+
+    from omegaconf import OmegaConf
+    from rich.console import Console
+
+    from clip_train.distributed import group_rank
+    from clip_train.errors import ConfigError, DataError
+    from clip_train.evaluation.loaded_model import load_model
+    from clip_train.evaluation.results import print_results, write_results
+    from clip_train.evaluation.tasks import TASKS
+    from clip_train.interop.joining import WeightSource
+    from clip_train.interop.model_source import open_model
+    from clip_train.training.launch import find_world, join_ranks, num_workers
+
+    for key, value in (("weights", cfg.weights), ("data", cfg.data.path)):
+        if value is None:
+            raise ConfigError(f"{key} has no value: give {key}=...")
+    world = find_world(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.num_nodes)
+    workers = num_workers(cfg.data.num_workers, world, "data.num_workers")
+    model = OmegaConf.to_container(cfg.model, resolve=True) if "model" in cfg else None
+    weights = WeightSource(str(cfg.weights), ema=bool(cfg.ema), base=cfg.base and str(cfg.base))
+    source = open_model(weights, model)  # pyright: ignore[reportArgumentType]
+    loaded = load_model(
+        source,
+        join_ranks(world),
+        precision=str(cfg.precision),
+        compile=bool(cfg.compile),
+        batch_size=cfg.batch_size,
+        num_workers=workers,
+    )
+    folder = Path(str(cfg.output))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        results = TASKS[cfg.task.name](loaded, cfg)
+        if group_rank() == 0:
+            write_results(results, folder, _model_name(cfg, source.manifest), str(cfg.weights))
+    except OSError as error:
+        raise DataError(f"output={folder} cannot be written: {error.strerror or error}") from error
+    if group_rank() == 0:
+        print_results(results, Console())
+        print(f"wrote {folder}/results.json and results.csv")
+    return EXIT_DONE
+
+
+def _model_name(cfg: DictConfig, manifest) -> str:
+    """What the model is called in tables: the choice of the group `model`, here or when it was trained."""
+    from hydra.core.hydra_config import HydraConfig
+
+    chosen = HydraConfig.get().runtime.choices.get("model")
+    trained = manifest.about.get("config", {}).get("model_name") if manifest else None
+    return str(chosen or trained or "model")
+
+
+if __name__ == "__main__":
+    main()
