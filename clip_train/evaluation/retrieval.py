@@ -78,6 +78,7 @@ def _loss(features: Features, logit_scale: float) -> float:
     maximum = columns.maximum.clone()
     maximum_over_ranks_(maximum, None)
     total = sum_over_ranks(columns.total * torch.exp2(columns.maximum - maximum))
-    matched = (scale * features.image[own] * features.text[own]).sum()
-    losses = sum_over_ranks(math.log(2) / 2 * rows.log2().sum() - matched)
-    return (losses + math.log(2) / 2 * LogSums(maximum, total).log2().sum()).item() / count
+    exact = {"dtype": torch.float32 if columns.total.device.type == "mps" else torch.float64}
+    matched = (scale * features.image[own] * features.text[own]).sum(**exact)
+    losses = sum_over_ranks(math.log(2) / 2 * rows.log2().sum(**exact) - matched)
+    return (losses + math.log(2) / 2 * LogSums(maximum, total).log2().sum(**exact)).item() / count
