@@ -1,13 +1,16 @@
-"""The names of a labelled set's classes and the templates that make captions of them, from files beside its shards."""
+"""The names of a labelled set's classes, and the captions that stand for them: from templates, or of each its own."""
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from clip_train.data.beside import read_if_there, sibling
 from clip_train.data.remote import scheme_of
-from clip_train.errors import DataError
+from clip_train.errors import ConfigError, DataError, first_line
 
 LABEL_EXTENSION = "cls"
 CLASSES_JSON, NAMES_TXT, TEMPLATES_TXT = "classes.json", "classnames.txt", "zeroshot_classification_templates.txt"
@@ -18,17 +21,37 @@ _GAP = re.compile(r"\{c?\}")  # clip-benchmark writes {c}
 
 @dataclass(frozen=True)
 class ClassNames:
-    """Label n is the class `names[n]`; each template has `{}` where the name goes."""
+    """Label n is the class `names[n]`; each template has `{}` where the name goes.
+
+    Attributes:
+        prompts: each class's captions, in place of its name in the templates, of which there are none then.
+    """
 
     names: tuple[str, ...]
     templates: tuple[str, ...]
+    prompts: tuple[tuple[str, ...], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def captions(self, label: int) -> list[str]:
-        """The class's name in every template."""
+        """The class's own prompts, or its name in every template."""
+        if self.prompts is not None:
+            return list(self.prompts[label])
         return [_GAP.sub(lambda _: self.names[label], template) for template in self.templates]
+
+    def one_caption_each(self) -> list["ClassNames"]:
+        """The classes with the first caption of each, with the second of each, and so on.
+
+        Raises:
+            ConfigError: some have more captions than others.
+        """
+        captions = [self.captions(label) for label in range(len(self))]
+        counts = {name: len(own) for name, own in zip(self.names, captions)}
+        (few, fewest), *_, (many, most) = sorted(counts.items(), key=lambda item: item[1]) * 2
+        if fewest != most:
+            raise ConfigError(f"class {few!r} has {fewest} prompts and {many!r} {most}: here each needs equally many")
+        return [ClassNames(self.names, (), tuple((caption,) for caption in column)) for column in zip(*captions)]
 
 
 def read_class_names(
@@ -37,8 +60,9 @@ def read_class_names(
     """Read `classes.json`, or `classnames.txt` with `zeroshot_classification_templates.txt` as clip-benchmark has them.
 
     Args:
-        address: of the json, of the names, or of their folder, here or elsewhere; None looks beside the shard and in
-            the folder above, where clip-benchmark has them.
+        address: of the json, of a YAML of the same form or of `{name: [prompt, ...], ...}`, of the names, or of their
+            folder, here or elsewhere; None looks beside the shard and in the folder above, where clip-benchmark has
+            them.
         shard: path or address of the set's first shard.
         setting: the config key, for errors.
         retries, timeout: see `read_if_there`.
@@ -49,10 +73,12 @@ def read_class_names(
     read = {"retries": retries, "timeout": timeout}
     if address is None:
         tried = [] if scheme_of(shard) == "pipe" else [sibling(shard, "_"), sibling(shard, "../_")]
-    elif address.endswith((".json", ".txt")):
+    elif address.endswith((".json", ".yaml", ".yml", ".txt")):
         content = read_if_there(address, **read)
         if content is None:
             raise DataError(f"{setting}={address}: there is no such file")
+        if address.endswith((".yaml", ".yml")):
+            return _from_yaml(content, address)
         return _from_json(content, address) if address.endswith(".json") else _from_lines(content, address, read)
     else:
         tried = [f"{address.rstrip('/')}/_"]
@@ -74,6 +100,24 @@ def _from_json(content: bytes, address: str) -> ClassNames:
     return _checked(names, templates, address)
 
 
+def _from_yaml(content: bytes, address: str) -> ClassNames:
+    try:
+        value: Any = yaml.safe_load(content)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise DataError(f"{address} is not YAML: {first_line(error)}") from error
+    if isinstance(value, Mapping) and "classnames" in value:
+        return _checked(value["classnames"], value.get("templates") or [DEFAULT_TEMPLATE], address)
+    if not isinstance(value, Mapping) or not value:
+        raise DataError(
+            f"{address} is neither {{name: [prompt, ...], ...}} nor {{classnames: [...], templates: [...]}}"
+        )
+    for name, prompts in value.items():
+        if not isinstance(name, str):
+            raise DataError(f"{address}: the class name {name!r} is not a text: put it into quotation marks")
+        _check_texts(prompts, f"prompts of {name}", address)
+    return ClassNames(tuple(value), (), tuple(tuple(prompts) for prompts in value.values()))
+
+
 def _from_lines(content: bytes, address: str, read: dict[str, Any]) -> ClassNames:
     templates = read_if_there(sibling(address, TEMPLATES_TXT), **read)
     try:
@@ -88,9 +132,13 @@ def _lines(content: bytes) -> list[str]:
 
 def _checked(names: Any, templates: Any, address: str) -> ClassNames:
     for what, values in (("class names", names), ("templates", templates)):
-        if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
-            raise DataError(f"{address}: its {what} are not a list of texts")
+        _check_texts(values, what, address)
     for template in templates:
         if not _GAP.search(template):
             raise DataError(f"{address}: the template {template!r} has no {{}} for the class name")
     return ClassNames(tuple(names), tuple(templates))
+
+
+def _check_texts(values: Any, what: str, address: str) -> None:
+    if not isinstance(values, list) or not values or not all(isinstance(v, str) and v.strip() for v in values):
+        raise DataError(f"{address}: its {what} are not a list of texts")

@@ -1,20 +1,46 @@
 """Batches of a validation set."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 from torch.utils.data import Dataset
 
 from clip_train.data.batches import UNUSABLE, BadSample, Batch, assemble, failed, pixel_buffer
 from clip_train.data.captions import UnusableCaption
+from clip_train.data.class_names import ClassNames
 from clip_train.data.decoding import MAX_IMAGE_PIXELS, Pixels, UnusableImage
-from clip_train.data.pairs import Pair, PairReader, UnusableSample
+from clip_train.data.pairs import Pair, UnusableSample
 from clip_train.data.preprocessing import preprocess
 from clip_train.data.tokenizer_choice import CaptionTokenizer
 from clip_train.errors import DataError
+
+
+class SampleReader(Protocol):
+    """What evaluation asks of a set of samples: a `PairReader`, or pictures that are files of their own.
+
+    Attributes:
+        counts: samples per shard.
+    """
+
+    counts: list[int]
+
+    def __len__(self) -> int: ...
+
+    @property
+    def shard_names(self) -> list[str]: ...
+
+    @property
+    def classes(self) -> list[ClassNames | None]: ...
+
+    def read(self, shard: int, sample: int) -> Pair: ...
+
+    def name(self, shard: int, sample: int) -> str: ...
+
+    def key(self, shard: int, sample: int) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -24,9 +50,10 @@ class EvalBatches(Dataset[Batch]):
     Attributes:
         with_labels: whether batches tell their samples' classes.
         keep_bad: a sample that cannot be used is no error: its label is -1, and `bad` tells of it.
+        change: what else is done to the pixels; None for nothing.
     """
 
-    reader: PairReader
+    reader: SampleReader
     tokenizer: CaptionTokenizer
     image_size: int
     resize_mode: str = "shortest"
@@ -34,6 +61,7 @@ class EvalBatches(Dataset[Batch]):
     max_image_pixels: int = MAX_IMAGE_PIXELS
     with_labels: bool = False
     keep_bad: bool = False
+    change: Callable[[Pixels], Pixels] | None = None
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -68,7 +96,8 @@ class EvalBatches(Dataset[Batch]):
         return self._picture(pair), pair.first_caption()
 
     def _picture(self, pair: Pair) -> Pixels:
-        return preprocess(pair.image, self.image_size, self.resize_mode, self.interpolation, self.max_image_pixels)
+        pixels = preprocess(pair.image, self.image_size, self.resize_mode, self.interpolation, self.max_image_pixels)
+        return self.change(pixels) if self.change else pixels
 
     def _locate(self, index: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._ends, index, side="right"))
@@ -77,6 +106,12 @@ class EvalBatches(Dataset[Batch]):
     @cached_property
     def _ends(self) -> np.ndarray:
         return np.cumsum(self.reader.counts)
+
+
+def rank_sizes(num_samples: int, world_size: int) -> list[int]:
+    """How many samples each rank has, if every one has a contiguous part."""
+    edges = [num_samples * rank // world_size for rank in range(world_size + 1)]
+    return [last - first for first, last in pairwise(edges)]
 
 
 def rank_slices(num_samples: int, rank: int, world_size: int, max_batch: int) -> list[range]:

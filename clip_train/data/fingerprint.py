@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from clip_train.data.eval_batches import SampleReader
 from clip_train.data.mixture import Mixture
 from clip_train.data.order import ORDER_VERSION, SampleOrder
 from clip_train.data.pairs import PairReader
@@ -36,7 +37,7 @@ def describe(sources: Mapping[str, PairReader], order: SampleOrder | Mixture) ->
     }
 
 
-def describe_shards(reader: PairReader) -> Description:
+def describe_shards(reader: SampleReader) -> Description:
     """A reader's shards: how many, how they are called, and how many samples are in each."""
     names = [_name(shard) for shard in reader.shard_names]
     return {

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clip_train.data.eval_batches import EvalBatches, rank_slices
+from clip_train.data.eval_batches import EvalBatches, rank_sizes, rank_slices
 from clip_train.data.loader import make_loader
 from clip_train.distributed import gather_ragged, group_rank, group_size, raise_everywhere
 from clip_train.heartbeat import beat
@@ -50,5 +50,5 @@ def encode_pairs(
                 texts.append(model.encode_text(batch["text"].to(device)))
     model.train(was_training)
     raise_everywhere(error)
-    sizes = [len(batches) * (r + 1) // world_size - len(batches) * r // world_size for r in range(world_size)]
+    sizes = rank_sizes(len(batches), world_size)
     return Features(gather_ragged(torch.cat(images), sizes), gather_ragged(torch.cat(texts), sizes))

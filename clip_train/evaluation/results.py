@@ -62,9 +62,9 @@ def write_results(results: Results, folder: Path, model: str, pretrained: str) -
 
 def print_results(results: Results, console: Console) -> None:
     """The metrics as a table; with variants, a row for each and a column for each of their metrics."""
-    title = f"{results.task} on {results.dataset}"
+    console.print(f"{results.task} on {results.dataset}", highlight=False)
     if not results.variants:
-        table = Table("metric", title=title)
+        table = Table("metric")
         table.add_column("value", justify="right")
         for name, value in results.metrics.items():
             table.add_row(name, _readable(value))
@@ -72,7 +72,7 @@ def print_results(results: Results, console: Console) -> None:
         return
     rows = {results.dataset: results.metrics, **results.variants}
     columns = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
-    table = Table("", title=title)
+    table = Table("")
     for column in columns:
         table.add_column(column, justify="right")
     for name, metrics in rows.items():

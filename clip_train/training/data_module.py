@@ -12,12 +12,13 @@ from torch.utils.data import DataLoader
 
 from clip_train.data.augmentation import Augmentation
 from clip_train.data.batches import TrainBatches
-from clip_train.data.class_names import LABEL_EXTENSION, ClassNames, read_class_names
+from clip_train.data.class_names import ClassNames, read_class_names
 from clip_train.data.eval_batches import EvalBatches
 from clip_train.data.feature_batches import FeatureBatches
 from clip_train.data.files import user_cache
 from clip_train.data.fingerprint import Description, describe, describe_shards, digest
 from clip_train.data.index import ShardIndex
+from clip_train.data.labelled import read_labelled
 from clip_train.data.loader import BatchStarts, make_loader
 from clip_train.data.mixture import Mixture
 from clip_train.data.pairs import PairReader
@@ -140,10 +141,7 @@ class ClipDataModule(L.LightningDataModule):
         image_key = val["image_key"] if isinstance(val["image_key"], str) else ";".join(val["image_key"])
         shards = self._open_shards(given["shards"], f"{setting}.shards")
         classes = self._find_classes(f"{setting}.classes", given.get("classes"), shards[0].shard)
-        reader = PairReader(shards, image_key, LABEL_EXTENSION, setting, classes)
-        if reader.num_incomplete:
-            raise DataError(f"{setting}: {reader.num_incomplete} samples lack an image or a label")
-        return reader
+        return read_labelled(shards, classes, image_key, setting)
 
     def _find_classes(self, setting: str, address: str | None, shard: str) -> ClassNames:
         return read_class_names(address, shard, setting, self._retries, self._timeout)

@@ -10,10 +10,11 @@ from lightning.pytorch.callbacks import Callback
 
 from clip_train.data.eval_batches import EvalBatches
 from clip_train.errors import ConfigError
-from clip_train.evaluation import zero_shot
+from clip_train.evaluation import classification
+from clip_train.evaluation.classification import classification_metrics, classify_set
 from clip_train.evaluation.features import Features, encode_pairs
 from clip_train.evaluation.retrieval import METRICS, retrieval_metrics
-from clip_train.evaluation.zero_shot import classification_metrics, evaluating, make_classifier
+from clip_train.evaluation.zero_shot import evaluating, make_classifier, set_classes
 from clip_train.training.durations import passes
 from clip_train.training.ema import WeightAverage
 from clip_train.training.fsdp import whole_weights
@@ -111,7 +112,7 @@ class Validation(Callback):
             with whole_weights(pl_module.model), evaluating(pl_module.model):
                 with precision.forward_context():
                     classify = make_classifier(pl_module.model, batches, self.batch_size)
-                scores = classification_metrics(
+                predictions = classify_set(
                     classify,
                     batches,
                     batch_size=self.batch_size,
@@ -119,6 +120,7 @@ class Validation(Callback):
                     autocast=precision.forward_context(),
                     device=pl_module.device,
                 )
+            scores = classification_metrics(predictions, len(set_classes(batches)))
             metrics = {f"zero_shot/{name}/{key}": value for key, value in scores.items()}
             self.latest.update(metrics)
             log_metrics(trainer, pl_module.samples_seen, metrics)
@@ -144,7 +146,7 @@ def check_best_metric(metric: str | None, sets: Iterable[str], labelled: Iterabl
         ConfigError: it names those there are.
     """
     known = [f"val/{name}/{key}" for name in sets for key in METRICS]
-    known += [f"zero_shot/{name}/{key}" for name in labelled for key in zero_shot.METRICS]
+    known += [f"zero_shot/{name}/{key}" for name in labelled for key in classification.METRICS]
     if metric is not None and metric not in known:
         there_are = (
             f"there are {', '.join(known)}"

@@ -13,7 +13,8 @@ from clip_train.data.pairs import PairReader
 from clip_train.data.shards import expand_shards
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.errors import DataError
-from clip_train.evaluation.zero_shot import class_embeddings, classification_metrics, evaluating, make_classifier
+from clip_train.evaluation.classification import Classify, classification_metrics, classify_set
+from clip_train.evaluation.zero_shot import class_embeddings, evaluating, make_classifier
 from clip_train.models import create_dual_encoder
 from tests.labelled import CLASSES, TEMPLATES, make_labelled
 from tests.models.test_dual_encoder import TINY
@@ -31,17 +32,15 @@ def tiny_model():
     return create_dual_encoder(**TINY).eval()
 
 
+def measured(classify: Classify, batches: EvalBatches, batch_size: int) -> dict[str, float]:
+    options = {"batch_size": batch_size, "num_workers": 0, "autocast": nullcontext(), "device": torch.device("cpu")}
+    return classification_metrics(classify_set(classify, batches, **options), len(CLASSES))
+
+
 def evaluate(pattern: str, batch_size: int = 4) -> dict[str, float] | str:
     model, batches = tiny_model(), labelled_set(pattern)
     try:
-        return classification_metrics(
-            make_classifier(model, batches, batch_size),
-            batches,
-            batch_size=batch_size,
-            num_workers=0,
-            autocast=nullcontext(),
-            device=torch.device("cpu"),
-        )
+        return measured(make_classifier(model, batches, batch_size), batches, batch_size)
     except DataError as error:
         return str(error)
 
@@ -112,14 +111,7 @@ def test_a_class_without_pictures_does_not_count(tmp_path):
 
 @pytest.mark.parametrize("score", [0.0, float("nan")])
 def test_equal_scores_go_to_the_first_class_and_none_to_nobody(pattern, score):
-    metrics = classification_metrics(
-        lambda pixels: torch.full((len(pixels), 7), score),
-        labelled_set(pattern),
-        batch_size=4,
-        num_workers=0,
-        autocast=nullcontext(),
-        device=torch.device("cpu"),
-    )
+    metrics = measured(lambda pixels: torch.full((len(pixels), 7), score), labelled_set(pattern), 4)
     assert metrics["top1"] == (4 / 25 if score == 0 else 0)  # there are 4 of the first class
     assert metrics["mean_per_class_recall"] == (pytest.approx(1 / 7) if score == 0 else 0)
 

@@ -1,0 +1,114 @@
+"""Labelled sets: shards, folders as clip-benchmark's `wds_*` sets are, folders of class folders."""
+
+import glob
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+
+from clip_train.data.beside import read_if_there
+from clip_train.data.class_folders import ClassFolders, find_class_folders, folder_classes
+from clip_train.data.class_names import LABEL_EXTENSION, ClassNames, read_class_names
+from clip_train.data.eval_batches import SampleReader
+from clip_train.data.index import ShardIndex
+from clip_train.data.pairs import PairReader, RemoteShard
+from clip_train.data.remote import scheme_of
+from clip_train.errors import DataError
+
+NSHARDS_TXT = "nshards.txt"
+
+Shards = Sequence[ShardIndex | RemoteShard]
+ChooseClasses = Callable[[Callable[[], ClassNames]], ClassNames]
+
+
+def read_labelled(shards: Shards, classes: ClassNames, image_key: str, setting: str) -> PairReader:
+    """A reader of shards with `cls` files.
+
+    Args:
+        classes: what the labels stand for.
+        image_key: extensions that hold the picture.
+        setting: where the shards are in the config, for errors.
+
+    Raises:
+        DataError: a sample has no picture or no label.
+    """
+    reader = PairReader(shards, image_key, LABEL_EXTENSION, setting, classes)
+    if reader.num_incomplete:
+        raise DataError(f"{setting}: {reader.num_incomplete} samples lack an image or a label")
+    return reader
+
+
+def open_labelled(
+    address: str,
+    split: str,
+    *,
+    image_key: str,
+    open_shards: Callable[[str | Sequence[str]], Shards],
+    choose_classes: ChooseClasses = lambda own: own(),
+    setting: str = "data",
+) -> SampleReader:
+    """A labelled set by its address.
+
+    Args:
+        address: a pattern of shards; a folder of shards, as clip-benchmark's `wds_*` sets are, here or as a URL; a
+            folder with a folder of pictures for each class. A folder may have such parts as `train` and `test`.
+        split: which part.
+        image_key: extensions that hold the picture, `;` between them.
+        open_shards: from patterns to shards.
+        choose_classes: takes the function that finds the set's own class names; returns those to use.
+        setting: where the address is in the config, for errors.
+
+    Raises:
+        DataError: there is no such set, or it cannot be read.
+    """
+    patterns = shard_patterns(address, split, setting)
+    if patterns is not None:
+        shards = open_shards(patterns)
+        classes = choose_classes(lambda: read_class_names(None, shards[0].shard))
+        return read_labelled(shards, classes, image_key, setting)
+    folder = _part(Path(address).expanduser(), split)
+    found = find_class_folders(folder, image_key.split(";"), setting)
+    return ClassFolders(folder, found, choose_classes(lambda: folder_classes(folder, found)))
+
+
+def shard_patterns(address: str, split: str, setting: str = "data") -> str | list[str] | None:
+    """The shards that an address stands for; None for a folder without any.
+
+    Args:
+        address, split, setting: as for `open_labelled`.
+
+    Raises:
+        DataError: the number in `nshards.txt` is none, or there is no such file under a URL.
+    """
+    if scheme_of(address) and ".tar" not in address and "::" not in address and scheme_of(address) != "pipe":
+        shards = _numbered(f"{address.rstrip('/')}/{split}")
+        if shards is None:
+            raise DataError(
+                f"{setting}={address}: there is no {split}/{NSHARDS_TXT}; give shards, or another task.split"
+            )
+        return shards
+    if scheme_of(address) or not Path(address).expanduser().is_dir():
+        return address
+    folder = _part(Path(address).expanduser(), split)
+    there_are = any(folder.glob("*.tar"))
+    return _numbered(str(folder)) or (f"{glob.escape(str(folder))}/*.tar" if there_are else None)
+
+
+def set_name(address: str, split: str) -> str:
+    """What to call the set of an address: its folder."""
+    path = PurePosixPath(address)
+    folder = path.parent if ".tar" in path.name else path
+    return (folder.parent if folder.name == split else folder).name or "data"
+
+
+def _part(folder: Path, split: str) -> Path:
+    return folder / split if (folder / split).is_dir() else folder
+
+
+def _numbered(folder: str) -> list[str] | None:
+    """`0.tar`, `1.tar` and so on, as many as `nshards.txt` says; None if it is not there."""
+    content = read_if_there(f"{folder}/{NSHARDS_TXT}")
+    if content is None:
+        return None
+    number = content.strip()
+    if not number.isdigit() or int(number) < 1:
+        raise DataError(f"{folder}/{NSHARDS_TXT} says {number[:40]!r}, not a number of shards")
+    return [f"{folder}/{shard}.tar" for shard in range(int(number))]

@@ -1,0 +1,103 @@
+"""The labelled set that a task of `clip-eval` names, with the class names that it is to have."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from omegaconf import DictConfig, OmegaConf
+
+from clip_train.data.class_names import DEFAULT_TEMPLATE, ClassNames, read_class_names
+from clip_train.data.eval_batches import EvalBatches
+from clip_train.data.known_classes import find_templates, known_names, known_templates
+from clip_train.data.labelled import Shards, open_labelled, set_name
+from clip_train.data.remote_shards import open_shards
+from clip_train.data.shards import expand_shards
+from clip_train.distributed import group_rank, group_size
+from clip_train.errors import ConfigError
+from clip_train.evaluation.loaded_model import LoadedModel
+from clip_train.shard_tools.access import ShardAccess
+from clip_train.typed_config import typed
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """Which set, and what its classes are called.
+
+    Attributes:
+        split: which part of a set that has several.
+        dataset: its name in the results; None for its folder's.
+        classes: file or folder of class names or prompts; None for those of the data.
+        classnames, templates: under clip-benchmark's names of sets, in place of `classes`.
+        language: of those.
+
+    Raises:
+        ConfigError: class names from two places.
+    """
+
+    split: str
+    dataset: str | None
+    classes: str | None
+    classnames: str | None
+    templates: str | None
+    language: str
+
+    def __post_init__(self) -> None:
+        for key in ("classnames", "templates"):
+            if self.classes is not None and getattr(self, key) is not None:
+                raise ConfigError(f"task.classes and task.{key} are both given: leave one of them out")
+
+    def choose_classes(self, own: Callable[[], ClassNames]) -> ClassNames:
+        """The class names: those that were asked for, else the set's own.
+
+        Raises:
+            ConfigError: clip-benchmark does not know them.
+            DataError: they cannot be read, or there are none.
+        """
+        if self.classes is not None:
+            return read_class_names(self.classes, "", "task.classes")
+        if self.classnames is not None:
+            known = find_templates(self.classnames, self.language) or (DEFAULT_TEMPLATE,)
+            found = ClassNames(known_names(self.classnames, self.language), known)
+        else:
+            found = own()
+        if self.templates is None:
+            return found
+        return replace(found, templates=known_templates(self.templates, self.language), prompts=None)
+
+
+def open_labelled_set(chosen: LabelledSet, loaded: LoadedModel, cfg: DictConfig) -> tuple[str, EvalBatches]:
+    """A set's name, and its batches with labels.
+
+    Args:
+        chosen: from the task's config.
+        loaded: whose preprocessing and tokenizer to use.
+        cfg: the whole config.
+
+    Raises:
+        ConfigError: a value cannot be used.
+        DataError: the set cannot be read.
+    """
+    access = typed(ShardAccess, cfg.data, "data")
+    path = cfg.data.path
+    address = "::".join(path) if OmegaConf.is_list(path) else str(path)
+
+    def shards_of(patterns: str | Sequence[str]) -> Shards:
+        found = expand_shards(patterns, "data")
+        return open_shards(found, access.stager, access.cache_dir, group_rank(), group_size())
+
+    reader = open_labelled(
+        address,
+        chosen.split,
+        image_key=cfg.data.image_key,
+        open_shards=shards_of,
+        choose_classes=chosen.choose_classes,
+    )
+    batches = EvalBatches(
+        reader,
+        loaded.tokenizer,
+        loaded.source.image_size,
+        loaded.source.resize_mode,
+        loaded.source.interpolation,
+        cfg.data.max_image_pixels,
+        with_labels=True,
+    )
+    return chosen.dataset or set_name(address, chosen.split), batches
