@@ -73,7 +73,9 @@ class HFTokenizer:
         ids = np.full((len(pieces), self.context_length), self.pad_id, dtype=np.int64)
         for row, piece in zip(ids, pieces):
             framed = [*self._start, *piece, *self._end]
-            row[slice(0, len(framed)) if self._tokenizer.padding_side == "right" else slice(-len(framed), None)] = framed
+            row[slice(0, len(framed)) if self._tokenizer.padding_side == "right" else slice(-len(framed), None)] = (
+                framed
+            )
         return ids
 
     def _special_ids(self, name: str) -> tuple[list[int], list[int]]:

@@ -69,16 +69,17 @@ def embed_texts(
     return F.normalize(joined, dim=-1)
 
 
-def check_way(way: str, stride: int | None, room: int) -> None:
+def check_way(way: str, stride: int | None, room: int, prefix: str = "") -> None:
     """Raises ConfigError as `embed_texts` does.
 
     Args:
         room: tokens of a window.
+        prefix: of the settings' names, for errors.
     """
     if way not in WAYS:
-        raise ConfigError(f"long_text={way} is none of {', '.join(WAYS)}")
-    if stride is not None and (isinstance(stride, bool) or not isinstance(stride, int) or not 1 <= stride <= room):
-        raise ConfigError(f"stride={stride} is not a number of tokens between 1 and the {room} of a window")
+        raise ConfigError(f"{prefix}long_text={way} is none of {', '.join(WAYS)}")
+    if stride is not None and not 1 <= stride <= room:
+        raise ConfigError(f"{prefix}stride={stride} is not a number of tokens between 1 and the {room} of a window")
 
 
 def _pieces(texts: Sequence[str], tokenizer: CaptionTokenizer, way: str, stride: int | None) -> list[list[_Piece]]:

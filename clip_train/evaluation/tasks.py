@@ -6,10 +6,13 @@ from omegaconf import DictConfig
 
 from clip_train.evaluation.loaded_model import LoadedModel
 from clip_train.evaluation.results import Results
+from clip_train.evaluation.retrieval_task import long_text, retrieval
 from clip_train.evaluation.zero_shot_task import zero_shot
 
 # Every rank calls the function with the whole config and gets the same results; the first writes what else there is to
 # see into the folder `cfg.output`, which is there.
 TASKS: dict[str, Callable[[LoadedModel, DictConfig], Results]] = {
     "zero_shot": zero_shot,
+    "retrieval": retrieval,
+    "long_text": long_text,
 }

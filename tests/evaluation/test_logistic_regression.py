@@ -34,7 +34,9 @@ def test_equals_scikit_learn(C):
 
 def test_the_gradient_vanishes_in_the_solution():
     features, labels = problem()
-    head = fit_logistic_regression(features, labels, 5, 10.0, tolerance=1e-9).requires_grad_()  # a class without samples
+    head = fit_logistic_regression(
+        features, labels, 5, 10.0, tolerance=1e-9
+    ).requires_grad_()  # a class without samples
     losses = torch.nn.functional.cross_entropy(with_ones(features) @ head.T, labels, reduction="sum")
     (losses + head[:, :-1].square().sum() / 20).backward()
     assert head.grad is not None and head.grad.abs().max() < 1e-5

@@ -11,7 +11,9 @@ from tests.data.hf_tokenizers import bert_tokenizer
 from tests.models.test_dual_encoder import TINY
 
 SHORT = "A red thing."
-LONG = "The first sentence has a cat. " + "A second one is about twelve green bottles on a very long wall! " * 3 + "End."
+LONG = (
+    "The first sentence has a cat. " + "A second one is about twelve green bottles on a very long wall! " * 3 + "End."
+)
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,9 @@ def many_to_many() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     image, text, _ = captioned(40)
     text = text[:12]
     owners = torch.randint(0, 12, (40,), generator=torch.Generator().manual_seed(0))
-    pairs = torch.cat([torch.stack([torch.arange(40), owners], 1), torch.stack([torch.arange(12), torch.arange(12)], 1)])
+    pairs = torch.cat(
+        [torch.stack([torch.arange(40), owners], 1), torch.stack([torch.arange(12), torch.arange(12)], 1)]
+    )
     return image, text, pairs.unique(dim=0)
 
 
@@ -59,7 +61,7 @@ def test_ranks_equal_those_of_sorting(monkeypatch, shape, content):
     image, text, pairs = content()
     found = retrieval_ranks(image, text, pairs)
     assert (found.image_to_text.tolist(), found.text_to_image.tolist()) == by_sorting(image, text, pairs)
-    assert 0 < found.image_to_text.max() and 0 < found.text_to_image.max()
+    assert found.image_to_text.max() > 0 and found.text_to_image.max() > 0
 
 
 def test_metrics_of_captions():
