@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
+from clip_train.evaluation.knn_task import knn
+from clip_train.evaluation.linear_probe_task import linear_probe
 from clip_train.evaluation.loaded_model import LoadedModel
 from clip_train.evaluation.results import Results
 from clip_train.evaluation.retrieval_task import long_text, retrieval
@@ -14,5 +16,7 @@ from clip_train.evaluation.zero_shot_task import zero_shot
 TASKS: dict[str, Callable[[LoadedModel, DictConfig], Results]] = {
     "zero_shot": zero_shot,
     "retrieval": retrieval,
+    "linear_probe": linear_probe,
+    "knn": knn,
     "long_text": long_text,
 }
