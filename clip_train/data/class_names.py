@@ -10,7 +10,7 @@ import yaml
 
 from clip_train.data.beside import read_if_there, sibling
 from clip_train.data.remote import scheme_of
-from clip_train.errors import ConfigError, DataError, first_line
+from clip_train.errors import ConfigError, DataError
 
 LABEL_EXTENSION = "cls"
 CLASSES_JSON, NAMES_TXT, TEMPLATES_TXT = "classes.json", "classnames.txt", "zeroshot_classification_templates.txt"
@@ -104,7 +104,7 @@ def _from_yaml(content: bytes, address: str) -> ClassNames:
     try:
         value: Any = yaml.safe_load(content)
     except (yaml.YAMLError, RecursionError) as error:
-        raise DataError(f"{address} is not YAML: {first_line(error)}") from error
+        raise DataError(f"{address} is not YAML: {' '.join(str(error).split())[:200]}") from error
     if isinstance(value, Mapping) and "classnames" in value:
         return _checked(value["classnames"], value.get("templates") or [DEFAULT_TEMPLATE], address)
     if not isinstance(value, Mapping) or not value:

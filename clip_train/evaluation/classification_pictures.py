@@ -31,7 +31,7 @@ def draw_confusion(path: Path, confusion: np.ndarray, names: Sequence[str], titl
     figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     figure.colorbar(image, ax=axes, label="share of the pictures of a class", shrink=0.8)
-    axes.set(title=title, xlabel="predicted", ylabel="class")
+    axes.set(title=_plain(title), xlabel="predicted", ylabel="class")
     if size <= _MOST_NAMES:
         fontsize = 9 if size <= 30 else 6
         axes.set_xticks(range(size), [_plain(name) for name in names], rotation=90, fontsize=fontsize)
@@ -56,7 +56,7 @@ def draw_calibration(path: Path, calibration: Calibration, name: str) -> None:
     above.bar(centers[seen], accuracy[seen], 0.9 / bins, color=_RIGHT, label="accuracy")
     above.plot(confidence[seen], accuracy[seen], "o", color=_GAP, markersize=3, label="at the mean confidence")
     above.plot([0, 1], [0, 1], "--", color="gray", label="calibrated")
-    above.set(title=f"{name}: expected calibration error {calibration.ece:.3f}", ylabel="accuracy", ylim=(0, 1))
+    above.set(title=f"{_plain(name)}: expected calibration error {calibration.ece:.3f}", ylabel="accuracy", ylim=(0, 1))
     above.legend(loc="upper left", fontsize=8)
     below.bar(centers, calibration.count.numpy(), 0.9 / bins, color="gray")
     below.set(xlabel="confidence", ylabel="pictures", xlim=(0, 1))

@@ -33,7 +33,8 @@ class NeighbourOptions:
 
 
 def knn(loaded: LoadedModel, cfg: DictConfig) -> Results:
-    """Weighted nearest neighbours, as DINO is evaluated: the metrics are of the first k, with a variant for each.
+    """Weighted nearest neighbours, as DINO is evaluated: the metrics are of the first k, with a variant for
+    each further one.
 
     Raises:
         ConfigError: a value cannot be used.
@@ -52,5 +53,5 @@ def knn(loaded: LoadedModel, cfg: DictConfig) -> Results:
             said[k].append(judged(found, own, rank_by_votes(found, own)))
     count = len(probe.test.labels)
     found = {k: accuracy(gather_predictions(rows, count, loaded.device), probe.num_classes) for k, rows in said.items()}
-    variants = {f"k={k}": metrics for k, metrics in found.items()} if len(found) > 1 else {}
-    return Results(probe.name, "knn", {**found[options.k[0]], "k": options.k[0]}, variants)
+    first, *others = ({**metrics, "k": k} for k, metrics in found.items())
+    return Results(probe.name, "knn", first, {f"k={metrics['k']}": metrics for metrics in others})

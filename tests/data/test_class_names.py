@@ -81,3 +81,31 @@ def test_what_is_not_there_is_named(tmp_path):
     (tmp_path / "classes.json").write_text("[")
     with pytest.raises(DataError, match="is not JSON of the form"):
         read_class_names(str(tmp_path), "0.tar")
+
+
+def test_a_yaml_has_prompts_of_each_class_or_names_and_templates(tmp_path):
+    path = tmp_path / "prompts.yaml"
+    path.write_text("apple: [an apple, a red apple]\n'pear {}': ['a pear {}']\n")
+    found = read_class_names(str(path), "x")
+    assert found.names == FRUIT.names
+    assert [found.captions(label) for label in (0, 1)] == [["an apple", "a red apple"], ["a pear {}"]]
+    path.write_text("classnames: [apple, 'pear {}']\ntemplates: ['a photo of a {}.', '{}']\n")
+    assert read_class_names(str(path), "x") == FRUIT
+    example = read_class_names(str(Path(__file__).parents[2] / "docs" / "prompts.yaml"), "x")
+    assert len(example.one_caption_each()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not YAML: .* line 1"),
+        ("[a, b]", "is neither"),
+        ("no: [x]", "the class name False is not a text"),
+        ("a: b", "prompts of a are not a list of texts"),
+        ("classnames: a", "its class names are not a list of texts"),
+    ],
+)
+def test_a_yaml_that_says_something_else_is_an_error(tmp_path, text, message):
+    (tmp_path / "prompts.yaml").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_class_names(str(tmp_path / "prompts.yaml"), "x")
