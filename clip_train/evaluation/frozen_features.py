@@ -11,6 +11,7 @@ from jaxtyping import Float, Int64
 from omegaconf import DictConfig
 from torch import Tensor
 
+from clip_train.data.class_names import ClassNames
 from clip_train.data.eval_batches import EvalBatches, rank_sizes
 from clip_train.data.files import user_cache
 from clip_train.distributed import gather_ragged, group_rank, group_size
@@ -65,12 +66,17 @@ class Probe(NamedTuple):
 
     Attributes:
         name: of the set to be asked about.
+        classes: of both sets.
     """
 
     name: str
-    num_classes: int
+    classes: ClassNames
     train: Samples
     test: Samples
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
 
 
 def open_probe(loaded: LoadedModel, cfg: DictConfig) -> Probe:
@@ -87,13 +93,13 @@ def open_probe(loaded: LoadedModel, cfg: DictConfig) -> Probe:
     _, train = open_labelled_set(train_part, loaded, cfg, address, setting)
     if train.reader.shard_names == test.reader.shard_names:
         raise ConfigError(f"{setting}={address}: these are the images that data names; give task.train=...")
-    names = set_classes(train).names, set_classes(test).names
-    if names[0] != names[1]:
+    classes = set_classes(test)
+    if (others := set_classes(train)).names != classes.names:
         raise ConfigError(
-            f"the classes of task.train and data differ: {len(names[0])}, the first of which is {names[0][0]!r}, and"
-            f" {len(names[1])}, the first of which is {names[1][0]!r}; give task.classes"
+            f"the classes of task.train and data differ: {len(others)}, the first of which is {others.names[0]!r}, and"
+            f" {len(classes)}, the first of which is {classes.names[0]!r}; give task.classes"
         )
-    return Probe(name, len(names[0]), *(_samples(loaded, cfg, part, learned.features) for part in (train, test)))
+    return Probe(name, classes, *(_samples(loaded, cfg, part, learned.features) for part in (train, test)))
 
 
 def _samples(loaded: LoadedModel, cfg: DictConfig, pictures: EvalBatches, features: str) -> Samples:
