@@ -23,9 +23,9 @@ def _evaluate(cfg: DictConfig) -> int:
     from rich.console import Console
 
     from clip_train.distributed import group_rank
-    from clip_train.errors import ConfigError, DataError
+    from clip_train.errors import ConfigError
     from clip_train.evaluation.loaded_model import load_model
-    from clip_train.evaluation.results import print_results, write_results
+    from clip_train.evaluation.results import print_results, write_results, writing_into
     from clip_train.evaluation.tasks import TASKS
     from clip_train.interop.joining import WeightSource
     from clip_train.interop.model_source import open_model
@@ -34,6 +34,8 @@ def _evaluate(cfg: DictConfig) -> int:
     for key, value in (("weights", cfg.weights), ("data", cfg.data.path)):
         if value is None:
             raise ConfigError(f"{key} has no value: give {key}=...")
+    if cfg.task.name not in TASKS:
+        raise ConfigError(f"task.name={cfg.task.name} is none of {', '.join(TASKS)}")
     world = find_world(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.num_nodes)
     workers = num_workers(cfg.data.num_workers, world, "data.num_workers")
     model = OmegaConf.to_container(cfg.model, resolve=True) if "model" in cfg else None
@@ -48,14 +50,12 @@ def _evaluate(cfg: DictConfig) -> int:
         num_workers=workers,
     )
     folder = Path(str(cfg.output))
-    try:
+    with writing_into(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        results = TASKS[cfg.task.name](loaded, cfg)
-        if group_rank() == 0:
-            write_results(results, folder, _model_name(cfg, source.manifest), str(cfg.weights))
-    except OSError as error:
-        raise DataError(f"output={folder} cannot be written: {error.strerror or error}") from error
+    results = TASKS[cfg.task.name](loaded, cfg)
     if group_rank() == 0:
+        with writing_into(folder):
+            write_results(results, folder, _model_name(cfg, source.manifest), str(cfg.weights))
         print_results(results, Console())
         print(f"wrote {folder}/results.json and results.csv")
     return EXIT_DONE

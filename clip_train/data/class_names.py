@@ -40,18 +40,23 @@ class ClassNames:
             return list(self.prompts[label])
         return [_GAP.sub(lambda _: self.names[label], template) for template in self.templates]
 
+    @property
+    def captions_per_class(self) -> int:
+        """How many captions a class has. Raises ConfigError if some have more than others."""
+        counts = {len(self.captions(label)): name for label, name in enumerate(self.names)}
+        if len(counts) > 1:
+            (fewest, few), *_, (most, many) = sorted(counts.items())
+            raise ConfigError(f"class {few!r} has {fewest} prompts and {many!r} {most}: here each needs equally many")
+        return next(iter(counts))
+
     def one_caption_each(self) -> list["ClassNames"]:
         """The classes with the first caption of each, with the second of each, and so on.
 
         Raises:
             ConfigError: some have more captions than others.
         """
-        captions = [self.captions(label) for label in range(len(self))]
-        counts = {name: len(own) for name, own in zip(self.names, captions)}
-        (few, fewest), *_, (many, most) = sorted(counts.items(), key=lambda item: item[1]) * 2
-        if fewest != most:
-            raise ConfigError(f"class {few!r} has {fewest} prompts and {many!r} {most}: here each needs equally many")
-        return [ClassNames(self.names, (), tuple((caption,) for caption in column)) for column in zip(*captions)]
+        columns = [[self.captions(label)[n] for label in range(len(self))] for n in range(self.captions_per_class)]
+        return [ClassNames(self.names, (), tuple((caption,) for caption in column)) for column in columns]
 
 
 def read_class_names(

@@ -3,7 +3,8 @@
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clip_train.data.files import write_atomic
+from clip_train.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,24 @@ class Results:
     language: str = "en"
 
 
+@contextmanager
+def writing_into(folder: Path) -> Iterator[Path]:
+    """For whatever is written into the output folder.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    try:
+        yield folder
+    except OSError as error:
+        raise DataError(f"output={folder} cannot be written: {error.strerror or error}") from error
+
+
 def write_results(results: Results, folder: Path, model: str, pretrained: str) -> None:
     """Write `results.json`, which `clip_benchmark build` reads, and `results.csv`, which is what it makes of that.
 
     Args:
-        folder: is there.
+        folder: must be there.
         model, pretrained: the model's name, and where its weights are from.
     """
     about = {

@@ -25,10 +25,10 @@ def robustness(loaded: LoadedModel, cfg: DictConfig) -> Results:
     chosen, corruptions = typed(LabelledSet, cfg.task, "task"), typed(Corruptions, cfg.task, "task")
     name, batches = open_labelled_set(chosen, loaded, cfg)
     classifier, num_classes = make_zero_shot_classifier(loaded, batches, cfg.task.ensemble), len(set_classes(batches))
+    metrics = accuracy(classify(loaded, batches, classifier), num_classes)
     variants = {
         corruption: accuracy(classify(loaded, replace(batches, change=change), classifier), num_classes)
         for corruption, change in corruptions.named().items()
     }
-    metrics = accuracy(classify(loaded, batches, classifier), num_classes)
     metrics["mean_corrupted_acc1"] = sum(variant["acc1"] for variant in variants.values()) / len(variants)
     return Results(name, TASK, metrics, variants, chosen.language)

@@ -16,7 +16,7 @@ from clip_train.evaluation.classification import Classify
 from clip_train.heartbeat import beat
 from clip_train.models import DualEncoder
 from clip_train.models.linear_probe import LinearProbe
-from clip_train.models.prompt_learner import PromptLearner
+from clip_train.models.prompt_learner import PromptLearner, cosines
 
 
 @torch.no_grad()
@@ -63,12 +63,7 @@ def make_classifier(model: DualEncoder, batches: EvalBatches, batch_size: int) -
     device = model.logit_scale.device
     weights = class_embeddings(model.encode_text, classes, batches.tokenizer, batch_size=batch_size, device=device)
 
-    def scores(pixels: Tensor) -> Tensor:
-        images = model.encode_image(pixels)
-        with torch.autocast(images.device.type, enabled=False):  # in bf16 near classes would be equal
-            return images @ weights.T
-
-    return scores
+    return lambda pixels: cosines(model.encode_image(pixels), weights)
 
 
 @torch.no_grad()
@@ -90,11 +85,10 @@ def make_probability_classifier(model: DualEncoder, batches: EvalBatches, batch_
 
     def probabilities(pixels: Tensor) -> Tensor:
         images = model.encode_image(pixels)
-        with torch.autocast(images.device.type, enabled=False):
-            total = torch.zeros(len(images), len(members[0]), device=images.device)
-            for weights in members:  # one at a time, as all would take much room
-                total += (scale * images @ weights.T).softmax(dim=1)
-            return total / len(members)
+        total = torch.zeros(len(images), len(members[0]), device=images.device)
+        for weights in members:  # one at a time, as all would take much room
+            total += (scale * cosines(images, weights)).softmax(dim=1)
+        return total / len(members)
 
     return probabilities
 

@@ -24,7 +24,7 @@ from clip_train.evaluation.classification import (
 )
 from clip_train.evaluation.labelled_set import LabelledSet, open_labelled_set
 from clip_train.evaluation.loaded_model import LoadedModel
-from clip_train.evaluation.results import Results
+from clip_train.evaluation.results import Results, writing_into
 from clip_train.evaluation.zero_shot import make_classifier, make_probability_classifier, set_classes
 from clip_train.typed_config import typed
 
@@ -50,13 +50,13 @@ def zero_shot(loaded: LoadedModel, cfg: DictConfig) -> Results:
     if group_rank() == 0:
         from clip_train.evaluation.classification_pictures import draw_calibration, draw_confusion
 
-        folder = Path(str(cfg.output))
         confusion = confusion_matrix(predictions, len(classes))
         title = f"{name}: top-1 {metrics['acc1']:.1%} of {len(batches)} pictures"
-        write_atomic(folder / "per_class.json", json.dumps(_per_class(predictions, classes), indent=2).encode())
-        _write_confusion(folder / "confusion_matrix.csv", confusion.tolist(), classes)
-        draw_confusion(folder / "confusion_matrix.png", confusion.numpy(), classes.names, title)
-        draw_calibration(folder / "calibration.png", calibration, name)
+        with writing_into(Path(str(cfg.output))) as folder:
+            write_atomic(folder / "per_class.json", json.dumps(_per_class(predictions, classes), indent=2).encode())
+            _write_confusion(folder / "confusion_matrix.csv", confusion.tolist(), classes)
+            draw_confusion(folder / "confusion_matrix.png", confusion.numpy(), classes.names, title)
+            draw_calibration(folder / "calibration.png", calibration, name)
     return Results(name, TASK, metrics, language=chosen.language)
 
 

@@ -18,7 +18,7 @@ SAID = Predictions(  # four of class 0, two of class 1, none of class 2
     label=torch.tensor([0, 0, 0, 0, 1, 1]),
     predicted=torch.tensor([0, 0, 1, 2, 1, 0]),
     rank=torch.tensor([0, 0, 1, 2, 0, 5]),
-    confidence=torch.tensor([0.9, 0.85, 0.6, 1.0, 0.34, 0.4]),
+    confidence=torch.tensor([0.9, 0.85, 0.55, 1.0, 0.34, 0.35]),
 )
 
 
@@ -33,9 +33,9 @@ def test_metrics_and_confusion_by_hand():
 def test_calibration_error_by_hand():
     found = calibrate(SAID.confidence, SAID.rank == 0, num_bins=5)
     assert found.count.tolist() == [0, 2, 1, 0, 3]
-    gaps = [abs(0.37 - 0.5), abs(0.6 - 0), abs((0.9 + 0.85 + 1) / 3 - 2 / 3)]
+    gaps = [abs(0.345 - 0.5), abs(0.55 - 0), abs((0.9 + 0.85 + 1) / 3 - 2 / 3)]
     assert found.ece == pytest.approx((2 * gaps[0] + gaps[1] + 3 * gaps[2]) / 6, abs=1e-6)
-    edges = torch.tensor([0.0, 1 / 15, 1.0])
+    edges = torch.tensor([0.0, 1 / 15, 1.0], dtype=torch.float64)
     assert calibrate(edges, edges > 2).count.tolist() == [2, *[0] * 13, 1]
 
 
