@@ -36,7 +36,7 @@ class ProbeOptions:
     Attributes:
         C: how little the weights are held back; None searches.
         validation_share: of each class of the training images, for that search.
-        max_iter: of L-BFGS.
+        max_iter: of conjugate gradients, of a fit.
     """
 
     C: float | None

@@ -129,6 +129,7 @@ def write_captioned(folder: Path) -> Path:
     ]
     write_shard(folder / "test" / "0.tar", samples)
     (folder / "test" / "nshards.txt").write_text("1")
+    (folder / "dataset_type.txt").write_text("retrieval")
     return folder
 
 
