@@ -113,12 +113,15 @@ def shard_opener(cfg: DictConfig, setting: str = "data") -> Callable[[str | Sequ
     return open_them
 
 
-def eval_batches(reader: SampleReader, loaded: LoadedModel, cfg: DictConfig, **options: bool) -> EvalBatches:
-    """Batches with the model's preprocessing and tokenizer.
-
-    Args:
-        options: of `EvalBatches`.
-    """
+def eval_batches(
+    reader: SampleReader,
+    loaded: LoadedModel,
+    cfg: DictConfig,
+    *,
+    with_labels: bool = False,
+    with_captions: bool = False,
+) -> EvalBatches:
+    """Batches with the model's preprocessing and tokenizer."""
     return EvalBatches(
         reader,
         loaded.tokenizer,
@@ -126,5 +129,6 @@ def eval_batches(reader: SampleReader, loaded: LoadedModel, cfg: DictConfig, **o
         loaded.source.resize_mode,
         loaded.source.interpolation,
         cfg.data.max_image_pixels,
-        **options,
+        with_labels=with_labels,
+        with_captions=with_captions,
     )
