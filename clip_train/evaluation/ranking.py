@@ -50,6 +50,6 @@ def rank_captions(
         cosines = vectors @ texts.T
         probabilities = (loaded.model.logit_scale.exp() * cosines).softmax(1)
         cosines, order = cosines.sort(dim=1, descending=True, stable=True)
-        for numbers, *values in zip(order.tolist(), cosines.tolist(), probabilities.gather(1, order).tolist()):
-            ranked.append([RankedCaption(candidates[n], *value) for n, *value in zip(numbers, *values)])
+        for numbers, own, shares in zip(order.tolist(), cosines.tolist(), probabilities.gather(1, order).tolist()):
+            ranked.append([RankedCaption(candidates[int(n)], c, p) for n, c, p in zip(numbers, own, shares)])
     return ranked

@@ -19,7 +19,7 @@ from tests.conftest import encode_image, write_shard
 from tests.evaluation.test_clip_benchmark import config
 from tests.interop.tiny import CLIP, ours
 from tests.labelled import make_labelled
-from tests.ranks import run_on_ranks
+from tests.ranks import RankPool
 
 
 def load() -> LoadedModel:
@@ -32,6 +32,14 @@ def run(folder: Path, task: str, *overrides: str) -> Results:
     (folder / "out").mkdir(exist_ok=True)
     cfg = config(f"task={task}", f"output={folder}/out", f"data.cache_dir={folder}/cache", *overrides)
     return TASKS[task](load(), cfg)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Two ranks."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,7 @@ def cached(folder: Path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     return found
 
 
-def test_linear_probe_and_neighbours(labelled):
+def test_linear_probe_and_neighbours(labelled, pool):
     results = run(labelled, "linear_probe", f"data.path={labelled}/set", "task.C=10")
     features = cached(labelled)
     times = {path: path.stat().st_mtime_ns for path in labelled.glob("cache/*/*")}
@@ -82,8 +90,9 @@ def test_linear_probe_and_neighbours(labelled):
     assert near.metrics["acc1"] == pytest.approx((nearest == labels).mean())
     assert near.metrics["k"] == 1 and list(near.variants) == ["k=200"]
 
-    for others in run_on_ranks(on_a_rank, 2, labelled):
-        assert others == pytest.approx([dict(searched.metrics), dict(near.variants["k=200"])])
+    for probe, neighbours in pool.run(on_a_rank, labelled):
+        assert probe == pytest.approx(searched.metrics)
+        assert neighbours == pytest.approx(near.variants["k=200"])
 
 
 def on_a_rank(folder: Path) -> list[dict[str, float]]:
@@ -145,9 +154,9 @@ def test_long_texts(described):
     assert len(split_sentences(TEXT)) == 3
 
 
-def test_retrieval_on_several_ranks(described):
+def test_retrieval_on_several_ranks(described, pool):
     expected = retrieval_on_a_rank(described)
-    assert run_on_ranks(retrieval_on_a_rank, 2, described) == [expected, expected]
+    assert pool.run(retrieval_on_a_rank, described) == [expected, expected]
 
 
 def retrieval_on_a_rank(folder: Path) -> dict[str, float]:
