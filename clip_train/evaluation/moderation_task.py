@@ -63,7 +63,7 @@ def moderation(loaded: LoadedModel, cfg: DictConfig) -> Results:
         write_atomic(Path(str(cfg.output)) / "thresholds.json", json.dumps(content, indent=2).encode())
     variants = {name: _finite(of_category) for name, of_category in zip(probe.classes.names, found)}
     metrics = {
-        f"mean_{key}": fmean(values)
+        key: fmean(values)
         for key in ("precision", "recall", "f1")
         if (values := [row[key] for row in variants.values() if key in row])
     }
