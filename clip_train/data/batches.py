@@ -49,7 +49,8 @@ class Batch(TypedDict):
 
     `bad` tells of the samples that could not be used and were replaced; `error`, if not empty, says why none could be.
     It travels as data, because an exception in a loader's worker reaches one rank only and would leave the others
-    waiting. `label`, if the model asks for it, is the samples' classes; `features`, in place of pictures, is what its
+    waiting. `label`, if the model asks for it, is the samples' classes; `captions`, if evaluation does, all of each
+    sample's captions; `features`, in place of pictures, is what its
     tower made of them before. `names` are the samples' shards and numbers, if they were asked for; `seconds` is what
     each stage of loading took; `retries` is how often the process that made it had to go on with a download since its
     last batch.
@@ -58,6 +59,7 @@ class Batch(TypedDict):
     image: UInt8[Tensor, "b 3 height width"]
     text: Int64[Tensor, "b context"]
     label: NotRequired[Int64[Tensor, " b"]]
+    captions: NotRequired[list[list[str]]]
     features: NotRequired[Float[Tensor, "b width"]]
     bad: list[BadSample]
     error: str

@@ -147,12 +147,22 @@ class CaptionSource:
             number += 1
         rest = uniform / self.shares[number]  # uniform again, given the key
         others = [key for key in self.keys if key != self.keys[number]]
-        captions = _first_readable([self.keys[number], *others], files)
+        _, captions = _first_readable([self.keys[number], *others], files)
         return captions[min(int(rest * len(captions)), len(captions) - 1)]
 
     def first(self, files: Mapping[str, bytes]) -> str:
         """The first caption of the heaviest key that has one, for evaluation. Raises UnusableCaption as `draw`."""
-        return _first_readable(self.keys, files)[0]
+        return _first_readable(self.keys, files)[1][0]
+
+    def all(self, files: Mapping[str, bytes]) -> list[str]:
+        """All captions of the heaviest key that has any, for evaluation; of a text file, each line is one.
+
+        Raises UnusableCaption as `draw`.
+        """
+        key, captions = _first_readable(self.keys, files)
+        if key.path or key.classes is not None:
+            return captions
+        return [line for caption in captions for line in caption.splitlines() if line.strip()]
 
 
 def read_label(content: bytes, num_classes: int) -> int:
@@ -171,14 +181,14 @@ def read_label(content: bytes, num_classes: int) -> int:
     return int(text)
 
 
-def _first_readable(keys: Sequence[CaptionKey], files: Mapping[str, bytes]) -> list[str]:
-    """The captions of the first key that has any; else the first key's error."""
+def _first_readable(keys: Sequence[CaptionKey], files: Mapping[str, bytes]) -> tuple[CaptionKey, list[str]]:
+    """The first key that has captions, and they; else the first key's error."""
     errors = []
     for key in keys:
         try:
             if key.extension not in files:
                 raise UnusableCaption(f"no {key.extension} file", "caption_missing")
-            return key.read(files[key.extension])
+            return key, key.read(files[key.extension])
         except UnusableCaption as error:
             errors.append(error)
     raise errors[0]

@@ -51,6 +51,7 @@ class EvalBatches(Dataset[Batch]):
         with_labels: whether batches tell their samples' classes.
         keep_bad: a sample that cannot be used is no error: its label is -1, and `bad` tells of it.
         change: what else is done to the pixels; None for nothing.
+        with_captions: whether batches tell all captions of their samples.
     """
 
     reader: SampleReader
@@ -62,18 +63,21 @@ class EvalBatches(Dataset[Batch]):
     with_labels: bool = False
     keep_bad: bool = False
     change: Callable[[Pixels], Pixels] | None = None
+    with_captions: bool = False
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
         pixels, captions, labels, bad = pixel_buffer(len(indices), self.image_size), [], [], []
+        all_captions = []
         try:
             for index, out in zip(indices, pixels.numpy()):
                 try:
                     pair = self.reader.read(*self._locate(index))
                     out[:], caption = self._picture(pair), pair.first_caption()
                     label = pair.label() if self.with_labels else -1
+                    all_captions.append(pair.all_captions() if self.with_captions else [])
                 except UNUSABLE as error:
                     if not self.keep_bad:
                         name = self.reader.name(*self._locate(index))
@@ -84,7 +88,10 @@ class EvalBatches(Dataset[Batch]):
                 labels.append(label)
         except DataError as error:
             return failed(str(error))
-        return assemble(pixels, self.tokenizer(captions), bad, labels=labels if self.with_labels else None)
+        batch = assemble(pixels, self.tokenizer(captions), bad, labels=labels if self.with_labels else None)
+        if self.with_captions:
+            batch["captions"] = all_captions
+        return batch
 
     def _bad(self, index: int, error: UnusableImage | UnusableCaption | UnusableSample) -> BadSample:
         shard, sample = self._locate(index)

@@ -46,28 +46,37 @@ class HFTokenizer:
         if self.pad_id is None:
             raise ConfigError(f"model.text.tokenizer={name} has no padding token")
         self._start, self._end = self._special_ids(name)
+        self.room = context_length - len(self._start) - len(self._end)
 
     def __call__(
         self, captions: Sequence[str], draws: Sequence[float] | np.ndarray | None = None
     ) -> Int64[np.ndarray, "captions context"]:
         """Tokenize a batch; the arguments are those of `ClipTokenizer`."""
-        ids = np.full((len(captions), self.context_length), self.pad_id, dtype=np.int64)
-        if not len(captions):
-            return ids
-        room = self.context_length - len(self._start) - len(self._end)
-        for i, row in enumerate(self._cleaned_ids(captions)):
-            if len(row) > room:
+        rows = []
+        for i, row in enumerate(self.whole_ids(captions)):
+            if len(row) > self.room:
                 draw, caption = None if draws is None else draws[i], clean_whitespace(captions[i])
-                row = shorten(row, room, self.long_captions, draw, caption, self._cleaned_ids)
-            row = [*self._start, *row, *self._end]
-            place = slice(0, len(row)) if self._tokenizer.padding_side == "right" else slice(-len(row), None)
-            ids[i, place] = row
-        return ids
+                row = shorten(row, self.room, self.long_captions, draw, caption, self.whole_ids)
+            rows.append(row)
+        return self.frame(rows)
 
-    def _cleaned_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Without start and end token, however long."""
+    def whole_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """All ids of each text, without start and end token, however many."""
+        if not len(texts):
+            return []
         cleaned = [self._clean(text) for text in texts]
         return self._tokenizer(cleaned, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+
+    def frame(self, pieces: Sequence[Sequence[int]]) -> Int64[np.ndarray, "pieces context"]:
+        """Rows of the context's length: start token, at most `room` ids, end token, and padding where the tokenizer
+        puts it."""
+        ids = np.full((len(pieces), self.context_length), self.pad_id, dtype=np.int64)
+        for row, piece in zip(ids, pieces):
+            framed = [*self._start, *piece, *self._end]
+            row[slice(0, len(framed)) if self._tokenizer.padding_side == "right" else slice(-len(framed), None)] = (
+                framed
+            )
+        return ids
 
     def _special_ids(self, name: str) -> tuple[list[int], list[int]]:
         """What the tokenizer puts before and after every text."""

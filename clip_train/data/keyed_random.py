@@ -10,7 +10,7 @@ from jaxtyping import Float64, Int64, UInt64
 
 # The first part of every key says what the draw is for, so that two uses never share a stream.
 SHARD_ORDER, WINDOW_ORDER, AUGMENTATION, CAPTION_CHOICE, MODEL_NOISE = range(1, 6)
-SOURCE_SEED, WORD_DROPOUT, LONG_CAPTION = range(6, 9)
+SOURCE_SEED, WORD_DROPOUT, LONG_CAPTION, VALIDATION_SPLIT = range(6, 10)
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)

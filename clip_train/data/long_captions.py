@@ -38,7 +38,7 @@ def shorten(
     if choice == "random_crop":
         first = int(draw * (len(ids) - room + 1))
         return ids[first : first + room]
-    sentences = [sentence for sentence in _SENTENCE_END.split(caption) if sentence]
+    sentences = split_sentences(caption)
     sentences = sentences[int(draw * len(sentences)) :]
     kept: list[int] = []
     for sentence in encode(sentences):
@@ -46,3 +46,8 @@ def shorten(
             break
         kept += sentence
     return kept[:room]
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of a text in which single blanks are between words."""
+    return [sentence for sentence in _SENTENCE_END.split(text) if sentence]

@@ -64,6 +64,10 @@ class Pair(NamedTuple):
         """The one evaluation takes. Raises UnusableCaption."""
         return self.captions.first(self.files)
 
+    def all_captions(self) -> list[str]:
+        """Those of retrieval with several per image. Raises UnusableCaption."""
+        return self.captions.all(self.files)
+
     def label(self) -> int:
         """Its class, if the reader has class names. Raises UnusableCaption."""
         return self.captions.label(self.files)

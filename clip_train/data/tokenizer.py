@@ -42,6 +42,7 @@ class ClipTokenizer:
     def __init__(self, context_length: int = 77, long_captions: str = "truncate") -> None:
         check_long_captions(long_captions)
         self.context_length, self.long_captions = context_length, long_captions
+        self.room = context_length - 2
         self._tokenizer = _byte_pair_tokenizer()
 
     def __call__(
@@ -59,10 +60,21 @@ class ClipTokenizer:
         for i, encoding in enumerate(encodings):
             row = encoding.ids
             if len(row) > self.context_length:
-                draw, room = None if draws is None else draws[i], self.context_length - 2
-                kept = shorten(row[1:-1], room, self.long_captions, draw, cleaned[i], self._bare_ids)
+                draw = None if draws is None else draws[i]
+                kept = shorten(row[1:-1], self.room, self.long_captions, draw, cleaned[i], self._bare_ids)
                 row = [START_ID, *kept, END_ID]
             ids[i, : len(row)] = row
+        return ids
+
+    def whole_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """All ids of each text, without start and end token, however many."""
+        return self._bare_ids([clean_caption(text) for text in texts])
+
+    def frame(self, pieces: Sequence[Sequence[int]]) -> Int64[np.ndarray, "pieces context"]:
+        """Rows of the context's length: start token, at most `room` ids, end token, padding."""
+        ids = np.zeros((len(pieces), self.context_length), dtype=np.int64)
+        for row, piece in zip(ids, pieces):
+            row[: len(piece) + 2] = [START_ID, *piece, END_ID]
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -70,8 +82,8 @@ class ClipTokenizer:
         inside = itertools.takewhile(lambda number: number != END_ID, (n for n in ids if n != START_ID))
         return b"".join(_bytes_of_words()[number] for number in inside).decode(errors="replace").strip()
 
-    def _bare_ids(self, sentences: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(sentences, add_special_tokens=False)]
+    def _bare_ids(self, cleaned: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(cleaned, add_special_tokens=False)]
 
 
 def clean_caption(caption: str) -> str:

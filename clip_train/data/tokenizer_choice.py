@@ -15,10 +15,12 @@ class CaptionTokenizer(Protocol):
 
     Attributes:
         context_length: ids per caption.
+        room: how many of them are not start and end token.
         vocab_size: all ids are less.
     """
 
     context_length: int
+    room: int
     vocab_size: int
 
     @property
@@ -34,6 +36,14 @@ class CaptionTokenizer(Protocol):
     def __call__(
         self, captions: Sequence[str], draws: Sequence[float] | np.ndarray | None = None
     ) -> Int64[np.ndarray, "captions context"]: ...
+
+    def whole_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """All ids of each text, without start and end token, however many."""
+        ...
+
+    def frame(self, pieces: Sequence[Sequence[int]]) -> Int64[np.ndarray, "pieces context"]:
+        """Rows for a model, of pieces of at most `room` ids."""
+        ...
 
 
 def choose_tokenizer(

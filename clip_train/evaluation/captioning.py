@@ -61,13 +61,14 @@ def caption_pictures(
     tokenizer = ClipTokenizer(model.text.context_length)
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]
-        pixels = np.stack([_read(path, image_size, resize_mode, interpolation) for path in batch])
+        pixels = np.stack([read_picture(path, image_size, resize_mode, interpolation) for path in batch])
         images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(model.logit_scale.device)
         for path, ids in zip(batch, generate(model, images, options).tolist(), strict=True):
             yield path, tokenizer.decode(ids)
 
 
-def _read(path: Path, image_size: int, resize_mode: str, interpolation: str) -> np.ndarray:
+def read_picture(path: Path, image_size: int, resize_mode: str, interpolation: str) -> np.ndarray:
+    """A file's pixels as a model takes them. Raises DataError if it cannot be read."""
     try:
         return preprocess(path.read_bytes(), image_size, resize_mode, interpolation)
     except UnusableImage as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from omegaconf import DictConfig, OmegaConf
 
 from clip_train.data.class_names import DEFAULT_TEMPLATE, ClassNames, read_class_names
-from clip_train.data.eval_batches import EvalBatches
+from clip_train.data.eval_batches import EvalBatches, SampleReader
 from clip_train.data.known_classes import find_templates, known_names, known_templates
 from clip_train.data.labelled import Shards, open_labelled, set_name
 from clip_train.data.remote_shards import open_shards
@@ -64,40 +64,71 @@ class LabelledSet:
         return replace(found, templates=known_templates(self.templates, self.language), prompts=None)
 
 
-def open_labelled_set(chosen: LabelledSet, loaded: LoadedModel, cfg: DictConfig) -> tuple[str, EvalBatches]:
+def open_labelled_set(
+    chosen: LabelledSet, loaded: LoadedModel, cfg: DictConfig, address: str | None = None, setting: str = "data"
+) -> tuple[str, EvalBatches]:
     """A set's name, and its batches with labels.
 
     Args:
         chosen: from the task's config.
         loaded: whose preprocessing and tokenizer to use.
         cfg: the whole config.
+        address: of the set; None for the config's `data`.
+        setting: where the address is in the config, for errors.
 
     Raises:
         ConfigError: a value cannot be used.
         DataError: the set cannot be read.
     """
-    access = typed(ShardAccess, cfg.data, "data")
-    path = cfg.data.path
-    address = "::".join(path) if OmegaConf.is_list(path) else str(path)
-
-    def shards_of(patterns: str | Sequence[str]) -> Shards:
-        found = expand_shards(patterns, "data")
-        return open_shards(found, access.stager, access.cache_dir, group_rank(), group_size())
-
+    address = address or data_address(cfg)
     reader = open_labelled(
         address,
         chosen.split,
         image_key=cfg.data.image_key,
-        open_shards=shards_of,
+        open_shards=shard_opener(cfg, setting),
         choose_classes=chosen.choose_classes,
+        setting=setting,
     )
-    batches = EvalBatches(
+    return chosen.dataset or set_name(address, chosen.split), eval_batches(reader, loaded, cfg, with_labels=True)
+
+
+def data_address(cfg: DictConfig) -> str:
+    """What `data` names; several sources with `::` between."""
+    path = cfg.data.path
+    return "::".join(path) if OmegaConf.is_list(path) else str(path)
+
+
+def shard_opener(cfg: DictConfig, setting: str = "data") -> Callable[[str | Sequence[str]], Shards]:
+    """From patterns to shards, by the config's settings of caches and downloads.
+
+    Args:
+        setting: where the patterns are in the config, for errors.
+    """
+    access = typed(ShardAccess, cfg.data, "data")
+
+    def open_them(patterns: str | Sequence[str]) -> Shards:
+        found = expand_shards(patterns, setting)
+        return open_shards(found, access.stager, access.cache_dir, group_rank(), group_size())
+
+    return open_them
+
+
+def eval_batches(
+    reader: SampleReader,
+    loaded: LoadedModel,
+    cfg: DictConfig,
+    *,
+    with_labels: bool = False,
+    with_captions: bool = False,
+) -> EvalBatches:
+    """Batches with the model's preprocessing and tokenizer."""
+    return EvalBatches(
         reader,
         loaded.tokenizer,
         loaded.source.image_size,
         loaded.source.resize_mode,
         loaded.source.interpolation,
         cfg.data.max_image_pixels,
-        with_labels=True,
+        with_labels=with_labels,
+        with_captions=with_captions,
     )
-    return chosen.dataset or set_name(address, chosen.split), batches

@@ -76,22 +76,28 @@ def write_results(results: Results, folder: Path, model: str, pretrained: str) -
 
 
 def print_results(results: Results, console: Console) -> None:
-    """The metrics as a table; with variants, a row for each and a column for each of their metrics."""
-    console.print(f"{results.task} on {results.dataset}", highlight=False)
-    if not results.variants:
-        table = Table("metric")
-        table.add_column("value", justify="right")
-        for name, value in results.metrics.items():
-            table.add_row(name, _readable(value))
-        console.print(table)
-        return
-    rows = {results.dataset: results.metrics, **results.variants}
-    columns = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
-    table = Table("")
+    """The metrics as a table; with variants, a row for each and a column for each of their metrics, or, where there are
+    more metrics than variants, the other way round."""
+    title = f"{results.task} on {results.dataset}"
+    variants = (
+        {results.dataset: results.metrics, **results.variants} if results.variants else {"value": results.metrics}
+    )
+    names = list(dict.fromkeys(name for metrics in variants.values() for name in metrics))
+    cells = {
+        (variant, name): _readable(metrics[name]) if name in metrics else ""
+        for variant, metrics in variants.items()
+        for name in names
+    }
+    if len(names) > len(variants):
+        table = Table("metric", title=title)
+        columns, rows = list(variants), {name: [cells[variant, name] for variant in variants] for name in names}
+    else:
+        table = Table("", title=title)
+        columns, rows = names, {variant: [cells[variant, name] for name in names] for variant in variants}
     for column in columns:
-        table.add_column(column, justify="right")
-    for name, metrics in rows.items():
-        table.add_row(name, *(_readable(metrics[column]) if column in metrics else "" for column in columns))
+        table.add_column(column, justify="right", overflow="fold")
+    for name, values in rows.items():
+        table.add_row(name, *values)
     console.print(table)
 
 

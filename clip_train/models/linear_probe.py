@@ -55,9 +55,7 @@ class LinearProbe(DualEncoder):
 
     def image_features(self, pixels: UInt8[Tensor, "b 3 height width"]) -> Float[Tensor, "b width"]:
         """What the head classifies."""
-        if self.features == "embedding":
-            return self.encode_image(pixels)
-        return self.vision.trunk(self.normalised(pixels)).float()
+        return image_features(self, pixels, self.features)
 
     def forward(
         self, features: Float[Tensor, "b width"], labels: Int64[Tensor, " b"]
@@ -78,6 +76,19 @@ class LinearProbe(DualEncoder):
     def _scores(self, features: Float[Tensor, "b width"]) -> Float[Tensor, "b classes"]:
         with torch.autocast(features.device.type, enabled=False):  # it costs nothing
             return self.head(features.to(self.head.weight.dtype))
+
+
+def image_features(
+    model: DualEncoder, pixels: UInt8[Tensor, "b 3 height width"], features: str
+) -> Float[Tensor, "b width"]:
+    """What a linear classifier of a model's images can be given.
+
+    Args:
+        features: `embedding` or `trunk`, as for `LinearProbe`.
+    """
+    if features == "embedding":
+        return model.encode_image(pixels)
+    return model.vision.trunk(model.normalised(pixels)).float()
 
 
 def losses_and_hits(

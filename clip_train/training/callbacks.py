@@ -14,6 +14,7 @@ from clip_train.checkpoints.mirror import Mirror
 from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.data.eval_batches import EvalBatches
+from clip_train.evaluation.feature_cache import features_key
 from clip_train.models.linear_probe import LinearProbe
 from clip_train.training.agreement import RankAgreement
 from clip_train.training.bad_samples import BadSamples
@@ -22,7 +23,6 @@ from clip_train.training.checkpointing import Checkpointing
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.durations import Clock
 from clip_train.training.ema import WeightAverage
-from clip_train.training.feature_cache import ProbeStart, features_key
 from clip_train.training.guard import Guard
 from clip_train.training.guard_report import write_report
 from clip_train.training.health import Health
@@ -32,6 +32,7 @@ from clip_train.training.metrics import TrainMetrics
 from clip_train.training.micro_batch import MicroBatchSearch
 from clip_train.training.module import ClipModule
 from clip_train.training.parts import plain, timeouts
+from clip_train.training.probe_start import ProbeStart
 from clip_train.training.progress import ProgressDisplay
 from clip_train.training.rank_log import RankLog
 from clip_train.training.resume import Checkpoint, Resume
@@ -211,7 +212,7 @@ def _probe_start(plan: RunPlan) -> list[L.Callback]:
     if not isinstance(probe, LinearProbe):
         return []
     precision = f"{cfg.trainer.precision} on {plan.world.accelerator}"
-    key = features_key(probe, plan.data.unaugmented(), plain(cfg.data)["image_key"], precision)
+    key = features_key(probe, probe.features, plan.data.unaugmented(), plain(cfg.data)["image_key"], precision)
     folder = Path(cfg.data.cache_dir or plan.folder.path) / f"features_{key}"
     return [ProbeStart(plan.data, folder, cfg.eval.batch_size, fresh=plan.checkpoint is None)]
 

@@ -116,6 +116,39 @@ def test_zero_shot(tmp_path, monkeypatch, loaded):
     assert row == rows[0]
 
 
+def write_captioned(folder: Path) -> Path:
+    """23 pictures with one to four captions each, a line each, as clip-benchmark exports sets."""
+    (folder / "test").mkdir(parents=True)
+    samples = [
+        {
+            "__key__": f"s{n:06d}",
+            "png": encode_image(n, SIZES[n % len(SIZES)]),
+            "txt": "\n".join(f"{NAMES[n % 7]} number {n} seen {view} times" for view in range(1 + n % 4)),
+        }
+        for n in range(23)
+    ]
+    write_shard(folder / "test" / "0.tar", samples)
+    (folder / "test" / "nshards.txt").write_text("1")
+    (folder / "dataset_type.txt").write_text("retrieval")
+    return folder
+
+
+def test_retrieval(tmp_path, monkeypatch, loaded):
+    folder = write_captioned(tmp_path / "wds_fruit")
+    export(str(tmp_path / "clip.safetensors"), tmp_path / "open_clip", "open_clip", CLIP)
+    clip_benchmark(
+        *(monkeypatch, "eval", "--no_amp", "--num_workers=0", "--batch_size=16", f"--output={tmp_path}/theirs.json"),
+        *(f"--model=local-dir:{tmp_path}/open_clip", "--pretrained=", "--task=zeroshot_retrieval"),
+        *("--dataset=wds/fruit", f"--dataset_root={folder}", "--recall_k", "1", "5", "10"),
+    )
+    theirs = json.loads((tmp_path / "theirs.json").read_text())
+    results = TASKS["retrieval"](loaded, config("task=retrieval", f"data.path={folder}", f"output={tmp_path}"))
+    assert 0 < theirs["metrics"]["image_retrieval_recall@5"] < theirs["metrics"]["image_retrieval_recall@10"] < 1
+    assert len(theirs["metrics"]) == 6
+    assert {name: results.metrics[name] for name in theirs["metrics"]} == pytest.approx(theirs["metrics"], abs=1e-4)
+    assert results.task == theirs["task"]
+
+
 def read_csv(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

@@ -11,12 +11,12 @@ from clip_train.data.class_names import ClassNames
 from clip_train.data.feature_batches import FeatureTable, chunk_parts
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.errors import DataError
+from clip_train.evaluation.feature_cache import compute_features
 from clip_train.losses.classification import ClassificationLoss
 from clip_train.models import create_dual_encoder
 from clip_train.models.adaptation import adapt
 from clip_train.models.classifiers import Task
 from clip_train.training.cached_gradients import cached_backward
-from clip_train.training.feature_cache import compute_features
 from clip_train.training.frozen_towers import encoding_once
 from tests.evaluation.test_zero_shot import labelled_set
 from tests.labelled import make_labelled

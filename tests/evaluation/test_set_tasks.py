@@ -1,0 +1,176 @@
+"""The tasks of clip-eval that need no class names, on real shards and a small random model."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+
+from clip_train.data.long_captions import split_sentences
+from clip_train.errors import ConfigError, DataError
+from clip_train.evaluation.loaded_model import LoadedModel, load_model
+from clip_train.evaluation.results import Results
+from clip_train.evaluation.tasks import TASKS
+from clip_train.interop.model_source import ModelSource
+from tests.conftest import encode_image, write_shard
+from tests.evaluation.test_clip_benchmark import config
+from tests.interop.tiny import CLIP, ours
+from tests.labelled import make_labelled
+from tests.ranks import RankPool
+
+
+def load() -> LoadedModel:
+    source = ModelSource(ours(CLIP), CLIP, "tiny")
+    return load_model(source, torch.device("cpu"), precision="32", compile=False, batch_size=16, num_workers=0)
+
+
+def run(folder: Path, task: str, *overrides: str) -> Results:
+    """On this rank, or alone."""
+    (folder / "out").mkdir(exist_ok=True)
+    cfg = config(f"task={task}", f"output={folder}/out", f"data.cache_dir={folder}/cache", *overrides)
+    return TASKS[task](load(), cfg)
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Two ranks."""
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory) -> Path:
+    """Train and test parts, with noise that makes the task hard enough."""
+    folder = tmp_path_factory.mktemp("labelled")
+    make_labelled(folder / "set" / "train", [40, 31], noisy)
+    make_labelled(folder / "set" / "test", [33], noisy, first=1000)
+    return folder
+
+
+def noisy(sample: dict) -> dict:
+    """Every third picture is noise."""
+    number = int(sample["__key__"])
+    return sample | ({"png": encode_image(number, (32, 32))} if number % 3 == 0 else {})
+
+
+def cached(folder: Path) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+    """Features and labels on disk, by how many samples their set has."""
+    found = {}
+    for values in folder.glob("cache/features_*/00000.npy"):
+        labels = np.array(json.loads(values.with_suffix(".json").read_bytes())["labels"])
+        found[len(labels)] = np.load(values), labels
+    return found
+
+
+def test_linear_probe_and_neighbours(labelled, pool):
+    results = run(labelled, "linear_probe", f"data.path={labelled}/set", "task.C=10")
+    features = cached(labelled)
+    times = {path: path.stat().st_mtime_ns for path in labelled.glob("cache/*/*")}
+    reference = LogisticRegression(C=10, tol=1e-8, max_iter=5000).fit(*features[71])
+    said, labels = reference.predict(features[33][0]), features[33][1]
+    assert results.task == "linear_probe" and results.dataset == "set" and results.metrics["C"] == 10
+    assert results.metrics["lp_acc1"] == pytest.approx((said == labels).mean())
+    assert results.metrics["lp_mean_per_class_recall"] == pytest.approx(balanced_accuracy_score(labels, said))
+    assert 1 / 7 < results.metrics["lp_acc1"] < results.metrics["lp_acc5"] <= 1
+
+    searched = run(labelled, "linear_probe", f"data.path={labelled}/set")
+    tried = json.loads((labelled / "out" / "regularisation.json").read_text())
+    best = max(row["validation_acc1"] for row in tried)
+    assert searched.metrics["C"] == next(row["C"] for row in tried if row["validation_acc1"] == best)
+    assert searched.metrics["validation_acc1"] == best and len(tried) <= 15
+    assert {path: path.stat().st_mtime_ns for path in labelled.glob("cache/*/*")} == times  # features are kept
+
+    near = run(labelled, "knn", f"data.path={labelled}/set", "task.k=[1,200]", "task.features=trunk")
+    units = {count: values / np.linalg.norm(values, axis=1, keepdims=True) for count, (values, _) in features.items()}
+    nearest = features[71][1][(units[33] @ units[71].T).argmax(1)]
+    assert near.metrics["acc1"] == pytest.approx((nearest == labels).mean())
+    assert near.metrics["k"] == 1 and list(near.variants) == ["k=200"]
+
+    for probe, neighbours in pool.run(on_a_rank, labelled):
+        assert probe == pytest.approx(searched.metrics)
+        assert neighbours == pytest.approx(near.variants["k=200"])
+
+
+def on_a_rank(folder: Path) -> list[dict[str, float]]:
+    probe = run(folder, "linear_probe", f"data.path={folder}/set", f"data.cache_dir={folder}/other")
+    near = run(folder, "knn", f"data.path={folder}/set", "task.k=[1,200]", "task.features=trunk")
+    return [dict(probe.metrics), dict(near.variants["k=200"])]
+
+
+def test_probes_that_cannot_be(labelled):
+    data = f"data.path={labelled}/set"
+    for overrides, message in (
+        (["task.train_split=test"], "these are the images that data names; give task.train="),
+        (["task.features=pixels"], "task.features=pixels is none of embedding, trunk"),
+        (["task.C=0"], "task.C=0.0 is not above 0"),
+        (["task.validation_share=1"], "task.validation_share=1.0 is not between 0 and 1"),
+        (["task.validation_share=0.01"], "task.validation_share=0.01: that is not one image of any class"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run(labelled, "linear_probe", data, *overrides)
+    with pytest.raises(ConfigError, match=r"task\.k=\[0\] is not a list of numbers"):
+        run(labelled, "knn", data, "task.k=[0]")
+    other = make_labelled(labelled / "other", [9], num_classes=3)
+    with pytest.raises(ConfigError, match=r"the classes of task\.train and data differ: 3, .* 7, .*'red'"):
+        run(labelled, "knn", data, f"task.train='{other}'")
+
+
+TEXT = "Number {n} is a fruit. It is said to taste of {n} other fruits, and of the sea! Its colour is {colour}, mostly."
+
+
+@pytest.fixture(scope="module")
+def described(tmp_path_factory) -> Path:
+    """Twelve pictures of six products, the two of one with the same description, longer than the context."""
+    folder = tmp_path_factory.mktemp("described")
+    samples = [
+        {
+            "__key__": f"{n:06d}",
+            "png": encode_image(n),
+            "json": {"description": TEXT.format(n=n % 6, colour="red" if n % 2 else "green"), "captions": ["a", "b c"]},
+        }
+        for n in range(12)
+    ]
+    write_shard(folder / "00000.tar", samples)
+    return folder
+
+
+def test_long_texts(described):
+    data = f"data.path={described}/*.tar"
+    results = run(described, "long_text", data)
+    assert (results.metrics["texts"], results.metrics["longer_than_context"]) == (6, 1)
+    assert list(results.variants) == ["truncate", "chunk_mean", "sliding_window", "max_pool", "hierarchical"]
+    assert len({variant["image_retrieval_mean_rank"] for variant in results.variants.values()}) > 1
+    for way, metrics in results.variants.items():
+        assert metrics["text_retrieval_recall@10"] == 1 and metrics["text_retrieval_mean_rank"] < 6
+        alone = run(described, "retrieval", data, r"task.caption_key=json\:description", f"task.long_text={way}",
+                    "task.distinct_texts=true")  # fmt: skip
+        assert alone.metrics == metrics
+    everyone = run(described, "retrieval", data, r"task.caption_key=json\:captions", "task.recall_at=[24]")
+    assert everyone.metrics["text_retrieval_recall@24"] == 1
+    assert len(split_sentences(TEXT)) == 3
+
+
+def test_retrieval_on_several_ranks(described, pool):
+    expected = retrieval_on_a_rank(described)
+    assert pool.run(retrieval_on_a_rank, described) == [expected, expected]
+
+
+def retrieval_on_a_rank(folder: Path) -> dict[str, float]:
+    return dict(run(folder, "retrieval", f"data.path={folder}/*.tar", r"task.caption_key=json\:captions").metrics)
+
+
+def test_retrieval_that_cannot_be(described, tmp_path):
+    data = f"data.path={described}/*.tar"
+    for error, overrides, message in (
+        (ConfigError, [data, "task.recall_at=[]"], r"task\.recall_at=\[\] is not a list"),
+        (ConfigError, [data, "task.long_text=mean"], r"^task\.long_text=mean is none of truncate, chunk_mean"),
+        (ConfigError, [data, "task.stride=99"], r"^task\.stride=99 is not a number of tokens between 1 and the 14"),
+        (DataError, [data], r"has no captions under task\.caption_key=txt"),
+        (DataError, [f"data.path={tmp_path}"], r"there are no shards"),
+    ):
+        with pytest.raises(error, match=message):
+            run(described, "retrieval", *overrides)
