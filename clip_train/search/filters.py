@@ -1,5 +1,6 @@
 """Which samples a condition on their metadata leaves: SQL's WHERE, by DuckDB."""
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ from clip_train.embedding.folder import EmbeddingFolder
 from clip_train.errors import ConfigError, first_line
 
 _FILE = "clip_train_file"
+_CONDITIONS_KEPT = 16
 
 
 class MetadataFilter:
@@ -34,9 +36,13 @@ class MetadataFilter:
         connection.execute("SET lock_configuration = true")
         table = f"read_parquet($1, union_by_name = true, filename = '{_FILE}', file_row_number = true)"
         self._rows: Any = connection.sql(f"FROM {table}", params=[files])
+        self._kept = lru_cache(_CONDITIONS_KEPT)(self._find)
 
     def __call__(self, where: str) -> np.ndarray:
         """For each sample whether it meets the condition. Raises ConfigError if the condition cannot be used."""
+        return self._kept(where)
+
+    def _find(self, where: str) -> np.ndarray:
         try:
             found = self._rows.filter(where).project(f"{_FILE}, file_row_number").fetchnumpy()
         except self._error as error:

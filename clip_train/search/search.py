@@ -1,8 +1,8 @@
 """The nearest samples to a vector: candidates from the index, scored exactly, filtered, and without near-copies."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,11 +11,10 @@ from jaxtyping import Float
 from clip_train.embedding.folder import EmbeddingFolder
 from clip_train.errors import ConfigError
 from clip_train.search.filters import MetadataFilter
-from clip_train.search.index import read_index, search_parameters
+from clip_train.search.index import IndexAbout, read_index, search_parameters
 
 _CANDIDATES = 256  # at least, to be scored exactly
 _EXACT_UP_TO = 20_000  # samples that a condition leaves: to compare with all of them is fast, and exact
-_CONDITIONS_KEPT = 16
 
 
 class Hit(NamedTuple):
@@ -62,7 +61,6 @@ class Searcher:
 
     folder: EmbeddingFolder
     side: str
-    _kept: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.side not in self.folder.embeddings:
@@ -70,9 +68,14 @@ class Searcher:
             raise ConfigError(f"target={self.side}: embeddings={self.folder.path} has {there} only")
 
     @cached_property
-    def index(self) -> tuple[Any, Any]:
+    def index(self) -> tuple[Any, IndexAbout]:
         """FAISS's, and what it is. Raises DataError."""
         return read_index(self.folder, self.side)
+
+    @cached_property
+    def allowed(self) -> MetadataFilter:
+        """For each sample whether it meets a condition. Raises ConfigError."""
+        return MetadataFilter(self.folder)
 
     def search(self, vector: Float[np.ndarray, " width"], options: SearchOptions) -> list[Hit]:
         """The samples nearest to a unit vector, best first; of equal ones that which comes first in the folder.
@@ -100,10 +103,6 @@ class Searcher:
         rows = self.folder.rows(numbers)
         return [Hit(number, score, row) for number, score, row in zip(numbers.tolist(), scores.tolist(), rows)]
 
-    def allowed(self, where: str) -> np.ndarray:
-        """For each sample whether it meets a condition. Raises ConfigError."""
-        return _allowed(self.folder.path, where, self)
-
     def _candidates(
         self, vector: np.ndarray, wanted: int, allowed: np.ndarray | None
     ) -> Iterator[tuple[np.ndarray, bool]]:
@@ -120,3 +119,14 @@ class Searcher:
             _, found = index.search(vector[None].astype(np.float32), count, params=parameters)
             yield found[0][found[0] >= 0], count == there
             count *= 4
+
+
+def _distinct(vectors: Float[np.ndarray, "n width"], threshold: float, wanted: int) -> list[int]:
+    """Which vectors to keep, in their order, so that no two kept ones have the cosine `threshold` or more."""
+    kept: list[int] = []
+    for number, vector in enumerate(vectors):
+        if len(kept) == wanted:
+            break
+        if not kept or float((vectors[kept] @ vector).max()) < threshold:
+            kept.append(number)
+    return kept
