@@ -69,7 +69,8 @@ def _print(tally: "Tally", output: str) -> None:
 
     there = tally.samples - tally.new
     already = f", {there:,} were there" if there else ""
-    print(f"{tally.samples:,} samples in {tally.parts} parts in {output}: embedded {tally.new:,}{already}")
+    speed = f" in {tally.seconds:.1f} s ({tally.new / tally.seconds:,.0f} samples/s)" if tally.new else ""
+    print(f"{tally.samples:,} samples in {tally.parts} parts in {output}: embedded {tally.new:,}{speed}{already}")
     if tally.bad:
         print(f"left out {len(tally.bad):,} that cannot be used, all listed in {output}/{SKIPPED}")
 

@@ -58,12 +58,12 @@ class PartBatches(Dataset[PartBatch]):
     def __getitem__(self, task: Task) -> PartBatch:
         sides = self.options.sides
         pixels = pixel_buffer(len(task) if IMAGE in sides else 0, self.image_size)
-        rows, bad = [], []
+        rows, bad, out = [], [], pixels.numpy()
         try:
             for sample in task.read():
                 try:
                     if IMAGE in sides:
-                        pixels[len(rows)] = torch.from_numpy(self._picture(sample).copy())
+                        out[len(rows)] = self._picture(sample)
                     rows.append(_row(sample, self._caption(sample), self.options.metadata))
                 except UNUSABLE as error:
                     place = sample.shard or sample.image_path

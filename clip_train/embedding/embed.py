@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -34,13 +35,13 @@ class Tally(NamedTuple):
     Attributes:
         samples: that have embeddings now.
         new: of those, embedded just now.
-        parts: of the set; `new_parts` of them were missing.
+        seconds: that it took to embed these.
     """
 
     samples: int
     new: int
     parts: int
-    new_parts: int
+    seconds: float
     bad: list[Damage]
 
 
@@ -99,25 +100,33 @@ def embed(
     Raises:
         ClipTrainError: on every rank, after all have done what they could.
     """
-    error, tally = "", Tally(0, 0, 0, 0, [])
     folder = Path(options.output).expanduser()
-    try:
+    with _agreed(folder):  # nothing is written before all know what the folder is to hold
         check_pyarrow()
         sources = find_sources(options, access)
         _claim(folder, Manifest(weights, _settings(options), [source.name for source in sources]))
+    with _agreed(folder):
         own = list(enumerate(sources))[group_rank() :: group_size()]
         tally = _embed_parts(model, options, folder, own, show)
-    except ClipTrainError as failed:
-        error = str(failed)
-    except OSError as failed:
-        error = f"output={folder} cannot be written: {failed.strerror or failed}"
-    raise_everywhere(error)
     total = _total(gather_objects([tally]))
     if group_rank() == 0:
         write_damages(folder / SKIPPED, total.bad)
     if not total.samples:
         raise DataError(f"none of the samples of data={options.data} can be used; the first: {total.bad[0].detail}")
     return total
+
+
+@contextmanager
+def _agreed(folder: Path) -> Iterator[None]:
+    """What goes wrong inside on any rank is raised on all, when all are through."""
+    error = ""
+    try:
+        yield
+    except ClipTrainError as failed:
+        error = str(failed)
+    except OSError as failed:
+        error = f"output={folder} cannot be written: {failed.strerror or failed}"
+    raise_everywhere(error)
 
 
 def describe_weights(source: ModelSource, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -168,7 +177,7 @@ def _embed_parts(
                 bad += part.bad
                 part, finished = _Part(), finished + 1
             show(Progress(finished, len(own), new, time.monotonic() - begin))
-    return Tally(samples + new, new, len(own), len(missing), bad)
+    return Tally(samples + new, new, len(own), time.monotonic() - begin, bad)
 
 
 def _loaded(
@@ -194,5 +203,6 @@ def _loaded(
 
 
 def _total(tallies: Sequence[Tally]) -> Tally:
-    samples, new, parts, new_parts = (sum(numbers) for numbers in list(zip(*tallies))[:4])
-    return Tally(samples, new, parts, new_parts, sorted(damage for tally in tallies for damage in tally.bad))
+    samples, new, parts = (sum(numbers) for numbers in list(zip(*tallies))[:3])
+    slowest = max(tally.seconds for tally in tallies)
+    return Tally(samples, new, parts, slowest, sorted(damage for tally in tallies for damage in tally.bad))

@@ -135,7 +135,10 @@ class PictureSource:
     def stamp(self) -> str:
         digest = hashlib.sha256()
         for path in self.paths:
-            found = path.stat()
+            try:
+                found = path.stat()
+            except OSError as error:
+                raise DataError(f"{path} cannot be read: {error.strerror}") from error
             digest.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 

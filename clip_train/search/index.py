@@ -18,6 +18,7 @@ KINDS = ("flat", "hnsw", "ivf_pq")
 _FLAT_BELOW, _HNSW_BELOW = 50_000, 1_000_000
 _HNSW_LINKS, _HNSW_EF_CONSTRUCTION = 32, 80
 _PER_LIST = 50  # samples per list that the lists are learned from
+_LEAST_PROBED = 16
 _LARGEST_CODE = 64  # bytes
 _ADDED_AT_ONCE = 65_536
 
@@ -146,7 +147,7 @@ def search_parameters(about: IndexAbout, wanted: int, allowed: np.ndarray | None
         return faiss.SearchParameters(**selector)
     if about.kind == "hnsw":
         return faiss.SearchParametersHNSW(efSearch=max(128, wanted), **selector)
-    return faiss.SearchParametersIVF(nprobe=max(1, _num_lists(about.count) // 32), **selector)
+    return faiss.SearchParametersIVF(nprobe=max(_LEAST_PROBED, _num_lists(about.count) // 32), **selector)
 
 
 def import_faiss() -> Any:

@@ -83,7 +83,7 @@ def _write_html(path: Path, answers: Sequence[Answer]) -> None:
 
 def _data_url(encoded: bytes | None) -> str | None:
     small = thumbnail(encoded, _THUMBNAIL)
-    return small and f"data:image/jpeg;base64,{base64.b64encode(small).decode()}"
+    return None if small is None else f"data:image/jpeg;base64,{base64.b64encode(small).decode()}"
 
 
 _WRITERS: dict[str, Callable[[Path, Sequence[Answer]], None]] = {

@@ -14,7 +14,7 @@ from clip_train.search.filters import MetadataFilter
 from clip_train.search.index import IndexAbout, read_index, search_parameters
 
 _CANDIDATES = 256  # at least, to be scored exactly
-_EXACT_UP_TO = 20_000  # samples that a condition leaves: to compare with all of them is fast, and exact
+_EXACT_UP_TO = 20_000  # samples: to compare with all of them is fast
 
 
 class Hit(NamedTuple):
@@ -57,10 +57,15 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class Searcher:
-    """Searches one side of a folder: its images or its texts."""
+    """Searches one side of a folder: its images or its texts.
+
+    Attributes:
+        exact_up_to: no more samples than this, in all or by a condition, are all compared, without the index.
+    """
 
     folder: EmbeddingFolder
     side: str
+    exact_up_to: int = _EXACT_UP_TO
 
     def __post_init__(self) -> None:
         if self.side not in self.folder.embeddings:
@@ -108,7 +113,7 @@ class Searcher:
     ) -> Iterator[tuple[np.ndarray, bool]]:
         """More and more of the samples that may be nearest, and whether these are all."""
         there = len(self.folder) if allowed is None else int(allowed.sum())
-        if there <= _EXACT_UP_TO:
+        if there <= self.exact_up_to:
             yield (np.arange(there) if allowed is None else np.flatnonzero(allowed)), True
             return
         index, about = self.index

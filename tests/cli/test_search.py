@@ -4,7 +4,6 @@ import base64
 import io
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,27 +13,11 @@ from safetensors.torch import save_file
 
 from clip_train.commands import search
 from clip_train.commands.program import config_dir
-from tests.cli.embeddings import embed_shard
+from tests.cli.embeddings import call, embed_shard
 from tests.conftest import encode_image, make_sample, write_shard
 from tests.interop.tiny import CLIP, ours
 
 COMMANDS = ("index", "query", "serve")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a program in this process; returns the exit code and what it printed."""
-
-    def program(main, *arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["program", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        with pytest.raises(SystemExit) as exit:
-            main()
-        captured = capsys.readouterr()
-        assert isinstance(exit.value.code, int)
-        return exit.value.code, captured.out, captured.err
-
-    return program
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +33,16 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_picture_finds_itself_and_a_text_its_text(run, folder, tmp_path):
+def test_a_picture_finds_itself_and_a_text_its_text(folder, tmp_path):
     embeddings = f"embeddings={folder}/embeddings"
-    code, out, _ = run(search.main, "index", embeddings)
+    code, out, _ = call(search.main, "index", embeddings)
     assert code == 0
     assert f"{folder}/embeddings/image.index: flat, 30 images" in out
     assert "text.index: flat, 30 texts" in out
 
     (tmp_path / "photo.png").write_bytes(encode_image(7))
     output = f"output=[{tmp_path}/found.json,{tmp_path}/found.html]"
-    code, out, err = run(search.main, "query", embeddings, f"image={tmp_path}/photo.png", "num_results=3", output)
+    code, out, err = call(search.main, "query", embeddings, f"image={tmp_path}/photo.png", "num_results=3", output)
     assert code == 0, err
     (answer,) = json.loads((tmp_path / "found.json").read_text())
     assert answer["query"] == f"{tmp_path}/photo.png"
@@ -74,18 +57,20 @@ def test_a_picture_finds_itself_and_a_text_its_text(run, folder, tmp_path):
 
     (tmp_path / "queries.txt").write_text("a red thing number 8\n\na <b>bold</b> [red]thing[/red]\n")
     given = (f"batch={tmp_path}/queries.txt", "target=text", "where=price < 10", f"output={tmp_path}/texts.json")
-    code, out, err = run(search.main, "query", embeddings, *given)
+    code, out, err = call(search.main, "query", embeddings, *given)
     assert code == 0, err
     assert "[red]thing[/red]" in out
     first, second = json.loads((tmp_path / "texts.json").read_text())
     assert [first["results"][0]["price"], second["results"][0]["price"]] == [8, 4]
     assert all(row["price"] < 10 for answer in (first, second) for row in answer["results"])
-    code, out, err = run(search.main, "query", embeddings, "text=<b>", f"output={tmp_path}/text.html", "num_results=30")
+    code, out, err = call(
+        search.main, "query", embeddings, "text=<b>", f"output={tmp_path}/text.html", "num_results=30"
+    )
     assert code == 0, err
     assert "<b>" not in (tmp_path / "text.html").read_text()
 
 
-def test_user_errors(run, folder, tmp_path):
+def test_user_errors(folder, tmp_path):
     embeddings, text = f"embeddings={folder}/embeddings", "text=x"
     for command, given, message in (
         ("index", (), "embeddings has no value: give embeddings=..."),
@@ -104,20 +89,22 @@ def test_user_errors(run, folder, tmp_path):
         ("serve", (embeddings, "port=99999"), "host=127.0.0.1 port=99999 cannot be listened on: "),
         ("querry", (), "querry: no such command; did you mean query?"),
     ):
-        code, _, error = run(search.main, command, *given)
+        code, _, error = call(search.main, command, *given)
         assert (code, error.count("\n")) == (2, 1), error
         assert message in error
     other = {name: tensor + 1e-3 for name, tensor in ours(CLIP).state_dict().items()}
     save_file(other, tmp_path / "other.safetensors")
-    assert "are not those of" in run(search.main, "query", embeddings, text, f"weights={tmp_path}/other.safetensors")[2]
+    assert (
+        "are not those of" in call(search.main, "query", embeddings, text, f"weights={tmp_path}/other.safetensors")[2]
+    )
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_explains_every_key(run, command):
-    code, out, _ = run(search.main, command, "--help")
+def test_help_explains_every_key(command):
+    code, out, _ = call(search.main, command, "--help")
     assert code == 0
     config = OmegaConf.load(f"{config_dir()}/search_{command}.yaml")
     keys = [key for key in config if key not in ("defaults", "hydra")]
     explained = out.partition("keys:")[2].partition("defaults:")[0]
     assert set(keys) <= {line.split()[0] for line in explained.splitlines() if line.strip()}
-    assert f"\n  {command} " in run(search.main, "--help")[1]
+    assert f"\n  {command} " in call(search.main, "--help")[1]

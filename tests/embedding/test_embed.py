@@ -13,6 +13,8 @@ import pytest
 from pyarrow import parquet
 from safetensors.torch import save_file
 
+from clip_train.commands import embed
+from tests.cli.embeddings import call, write_model
 from tests.cli.warm_start import run_module
 from tests.conftest import encode_image, make_sample, write_shard
 from tests.interop.tiny import CLIP, ours
@@ -37,9 +39,7 @@ def change(number: int) -> dict:
 def folder(tmp_path_factory) -> Path:
     """Weights with their config, and six shards of seven samples, of which two cannot be used."""
     folder = tmp_path_factory.mktemp("embed")
-    save_file(ours(CLIP).state_dict(), folder / "model.safetensors")
-    (folder / "configs" / "model").mkdir(parents=True)
-    (folder / "configs" / "model" / "tiny.yaml").write_text(json.dumps(CLIP))
+    write_model(folder)
     for shard in range(6):
         write_shard(folder / f"{shard:05d}.tar", [change(7 * shard + i) for i in range(7)])
     return folder
@@ -50,10 +50,6 @@ def arguments(folder: Path, output: str, *more: str) -> list[str]:
     return [*weights, f"data={folder}/*.tar", f"output={folder}/{output}", *SETTINGS, *more]
 
 
-def clip_embed(*given: str):
-    return run_module(MODULE, given, ENV, 600)
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -61,10 +57,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def whole(folder) -> Path:
     """What one process writes that nothing happens to."""
-    done = clip_embed(*arguments(folder, "whole"))
-    assert done.returncode == 0, done.stderr
-    assert "40 samples in 6 parts" in done.stdout
-    assert "left out 2 that cannot be used" in done.stdout
+    code, out, error = call(embed.main, *arguments(folder, "whole"))
+    assert code == 0, error
+    assert "40 samples in 6 parts" in out
+    assert "left out 2 that cannot be used" in out
     return folder / "whole"
 
 
@@ -101,7 +97,7 @@ def test_killed_in_the_middle_and_gone_on_with_by_two_processes_the_files_are_th
     process.wait()
     assert not (folder / "cut" / "skipped.csv").exists()
     kept = {path: path.stat().st_mtime_ns for path in (folder / "cut" / "metadata").glob("*.parquet")}
-    done = clip_embed(*arguments(folder, "cut", "trainer.devices=2"))
+    done = run_module(MODULE, arguments(folder, "cut", "trainer.devices=2"), ENV, 600)
     assert done.returncode == 0, done.stderr
     assert "were there" in done.stdout
     assert contents(folder / "cut") == contents(whole)
@@ -135,10 +131,10 @@ def test_another_model_or_other_settings_in_the_same_folder_are_one_line(whole, 
         (["modality=sound"], "modality=sound is none of image, text and [image,text]"),
         (["data.image_key=tiff", f"output={folder}/new"], "image_key=tiff: no shard has such files"),
     ):
-        done = clip_embed(*arguments(folder, "whole"), *given)
-        assert done.returncode == 2
-        assert done.stderr.startswith("clip-embed: error: ") and done.stderr.count("\n") == 1, done.stderr
-        assert message in done.stderr
+        code, _, error = call(embed.main, *arguments(folder, "whole"), *given)
+        assert code == 2
+        assert error.startswith("clip-embed: error: ") and error.count("\n") == 1, error
+        assert message in error
     assert contents(whole) == before
 
 
@@ -150,8 +146,8 @@ def test_a_folder_of_pictures(folder):
         (pictures / f"{name}.json").write_text(json.dumps({"price": number}))
     (pictures / "a.txt").write_text("first")
     more = [f"data={pictures}", "modality=image", "samples_per_part=2", "metadata=[price]", "dtype=float16"]
-    done = clip_embed(*arguments(folder, "from_pictures", *more))
-    assert done.returncode == 0, done.stderr
+    code, _, error = call(embed.main, *arguments(folder, "from_pictures", *more))
+    assert code == 0, error
     files = sorted((folder / "from_pictures" / "metadata").glob("*.parquet"))
     rows = [row for file in files for row in parquet.read_table(file).to_pylist()]
     assert [(row["key"], row["caption"], row["price"]) for row in rows] == [

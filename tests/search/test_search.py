@@ -13,7 +13,8 @@ from clip_train.search.index import KINDS, IndexOptions, build_index, choose_kin
 from clip_train.search.search import Searcher, SearchOptions
 from tests.search.folders import make_folder, unit_vectors
 
-COUNT, WIDTH = 21_000, 16  # more than are compared one by one
+COUNT, WIDTH = 3000, 16
+EXACT_UP_TO = 300  # so that the index is asked
 QUERIES = unit_vectors(20, WIDTH, seed=1)
 
 
@@ -31,7 +32,7 @@ def folder(vectors, tmp_path_factory) -> EmbeddingFolder:
 def searcher(request, folder) -> Searcher:
     about = build_index(folder, IMAGE, IndexOptions(kind=request.param, seed=0))
     assert (about.kind, about.count) == (request.param, COUNT)
-    return Searcher(folder, IMAGE)
+    return Searcher(folder, IMAGE, EXACT_UP_TO)
 
 
 def nearest(vectors: np.ndarray, query: np.ndarray, allowed: np.ndarray, count: int) -> list[int]:
