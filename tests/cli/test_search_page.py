@@ -59,7 +59,14 @@ def url(browser, emoji):
     """Of `clip-search serve`, which ends with 130 when it is interrupted."""
     command = [sys.executable, "-m", "clip_train.commands.search", "serve", f"embeddings={emoji}/embeddings", "port=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background have it ignored
+    )
     assert process.stdout
     address = process.stdout.readline().split(" ")[0]
     assert address.startswith("http://127.0.0.1:"), process.communicate()
