@@ -21,7 +21,8 @@ class Base:
     Attributes:
         weights: where they were read from: a path, from the root, or a name on the Hub.
         ema: whether the averages of a checkpoint were taken.
-        checksum: of the tensors under our names, whatever layout they are kept in.
+        checksum: of the tensors under our names, whatever layout they are kept in; of an adapter-only checkpoint one of
+            its own tensors and one of its base.
     """
 
     weights: str

@@ -37,9 +37,11 @@ def describe(sources: Mapping[str, PairReader], order: SampleOrder | Mixture) ->
 
 
 def describe_shards(reader: PairReader) -> Description:
-    """A reader's shards: how many, how they are called, and how many samples are in each."""
+    """A reader's shards: how many, how they are called, and how many samples are in each; and what its labels mean."""
     names = [_name(shard) for shard in reader.shard_names]
+    classes = [(found.names, found.templates) for found in reader.classes if found]
     return {
+        **({"classes_sha256": _digest(classes)} if classes else {}),
         "shards": len(names),
         "samples": sum(reader.counts),
         "first": names[0],
@@ -82,7 +84,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def _shard_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """At most one line: what is most telling about the shards of a source."""
     if all(old.get(key) == new[key] for key in ("names_sha256", "counts_sha256")):
-        return []
+        same_classes = old.get("classes_sha256") == new.get("classes_sha256")
+        return [] if same_classes else [f"{new['name']}: its classes have other names or templates than before"]
     samples = f"{_number(new['samples'])} samples, was {_number(old.get('samples'))}"
     if old.get("names_sha256") == new["names_sha256"]:
         if old.get("samples") == new["samples"]:

@@ -17,7 +17,7 @@ from clip_train.distributed import gather_ragged, group_rank, group_size, raise_
 from clip_train.heartbeat import beat
 from clip_train.models import DualEncoder
 from clip_train.models.linear_probe import LinearProbe
-from clip_train.models.prompt_learner import PromptLearner
+from clip_train.models.prompt_learner import PromptLearner, cosines
 
 METRICS = ("top1", "top5", "mean_per_class_recall")
 
@@ -67,12 +67,7 @@ def make_classifier(model: DualEncoder, batches: EvalBatches, batch_size: int) -
     device = model.logit_scale.device
     weights = class_embeddings(model.encode_text, classes, batches.tokenizer, batch_size=batch_size, device=device)
 
-    def scores(pixels: Tensor) -> Tensor:
-        images = model.encode_image(pixels)
-        with torch.autocast(images.device.type, enabled=False):  # in bf16 near classes would be equal
-            return images @ weights.T
-
-    return scores
+    return lambda pixels: cosines(model.encode_image(pixels), weights)
 
 
 def set_classes(batches: EvalBatches) -> ClassNames:

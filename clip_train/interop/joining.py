@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clip_train.checkpoints.base import Base, weights_checksum
+from clip_train.checkpoints.base import Base
 from clip_train.checkpoints.choice import weight_differences
 from clip_train.errors import ConfigError
 from clip_train.interop.loading import load_weights
@@ -82,7 +82,8 @@ def read_whole(
     _load_learned(adapted, found, f"{key}={source}")
     method_of(config["finetune"]).merge(adapted)
     log.info("%s=%s: finetune=%s, on %s", key, source, config["finetune"]["method"], named.weights)
-    return replace(found, tensors={name: tensor.detach() for name, tensor in adapted.state_dict().items()})
+    tensors = {name: tensor.detach() for name, tensor in adapted.state_dict().items()}
+    return replace(found, tensors=tensors, read_checksum=f"{found.checksum()}+{named.checksum}")
 
 
 def read_base(base: Base, name: str) -> Weights:
@@ -99,7 +100,7 @@ def read_base(base: Base, name: str) -> Weights:
         found = read_whole(base.weights, "base", ema=base.ema)
     except ConfigError as error:
         raise ConfigError(f"{name} holds only what was added to its base, which cannot be read: {error}") from error
-    if weights_checksum(found.tensors) != base.checksum:
+    if found.checksum() != base.checksum:
         raise ConfigError(f"{name} goes onto another base than {base.weights}: its weights are not those of the run")
     return found
 
@@ -134,7 +135,8 @@ def interpolated(base: Weights, tuned: Weights, alpha: float, name: str) -> Weig
         key: torch.lerp(base.tensors[key].float(), tensor.float(), alpha) if tensor.is_floating_point() else tensor
         for key, tensor in tuned.tensors.items()
     }
-    return replace(tuned, tensors=mixed, quick_gelu=base.quick_gelu if tuned.quick_gelu is None else tuned.quick_gelu)
+    quick_gelu = base.quick_gelu if tuned.quick_gelu is None else tuned.quick_gelu
+    return replace(tuned, tensors=mixed, quick_gelu=quick_gelu, read_checksum=None)
 
 
 def from_scratch(config: Mapping[str, Any]) -> dict[str, Any]:

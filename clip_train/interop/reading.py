@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from clip_train.checkpoints.base import weights_checksum
 from clip_train.checkpoints.folder import MANIFEST, InvalidCheckpointError, Manifest, read_ema_weights, verify
 from clip_train.checkpoints.folder import read_weights as read_checkpoint_weights
 from clip_train.checkpoints.tensor_files import read_tensors
@@ -53,6 +54,7 @@ class Weights:
         complete: False for an image tower alone.
         manifest: of a checkpoint of ours, else None.
         quick_gelu: whether they were trained with QuickGELU, which no name or shape tells; None where nothing does.
+        read_checksum: of the tensors as they were read, where those here were computed from them.
     """
 
     tensors: dict[str, Tensor]
@@ -60,6 +62,11 @@ class Weights:
     complete: bool = True
     manifest: Manifest | None = None
     quick_gelu: bool | None = None
+    read_checksum: str | None = None
+
+    def checksum(self) -> str:
+        """Of the tensors as they were read, for merging rounds otherwise on another machine."""
+        return self.read_checksum or weights_checksum(self.tensors)
 
 
 @dataclass(frozen=True)

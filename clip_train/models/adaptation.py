@@ -58,6 +58,13 @@ def adapt(model: Any, settings: Settings, task: Task | None = None) -> Any:
     return adapted
 
 
+def classifies(settings: Settings | None) -> bool:
+    """Whether a `finetune` group learns from labels. Raises ConfigError if there is no such method."""
+    if settings is None:
+        return False
+    return method_of(settings).classifies or bool(settings.get("classify"))
+
+
 def method_of(settings: Settings) -> Method:
     """Raises ConfigError if there is no such method."""
     name = settings.get("method")

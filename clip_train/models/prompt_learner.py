@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clip_train.data.class_names import ClassNames
 from clip_train.data.tokenizer_choice import CaptionTokenizer
@@ -16,6 +17,7 @@ from clip_train.models.text_tower import TextTower
 
 _META_REDUCTION = 16
 _PROMPTS_AT_ONCE = 2048  # in evaluation
+_RECOMPUTED_AT_ONCE = 128
 
 
 class PromptLearner(DualEncoder):
@@ -92,7 +94,7 @@ class PromptLearner(DualEncoder):
         ids = self._prompt_ids(classes.names).to(self.class_ids.device)
         if self.meta_net is None:
             texts = self._encode_prompts(ids, self.context)
-            return lambda pixels: _products(self.encode_image(pixels), texts)
+            return lambda pixels: cosines(self.encode_image(pixels), texts)
         at_once = max(1, _PROMPTS_AT_ONCE // len(ids))
         return lambda pixels: torch.cat(
             [self._scores(images, ids) for images in self.encode_image(pixels).split(at_once)]
@@ -101,13 +103,23 @@ class PromptLearner(DualEncoder):
     def _scores(self, images: Float[Tensor, "b embed"], ids: Int64[Tensor, "classes length"]) -> Tensor:
         scale = self.logit_scale.exp()
         if self.meta_net is None:
-            return scale * _products(images, self._encode_prompts(ids, self.context))
+            return scale * cosines(images, self._encode_prompts(ids, self.context))
         shifts = self.meta_net(images).float()
         contexts = (self.context + shifts[:, None]).repeat_interleave(len(ids), dim=0)
         texts = self._encode_prompts(ids.repeat(len(images), 1), contexts).view(len(images), len(ids), -1)
         return scale * (images[:, None] * texts).sum(2)
 
     def _encode_prompts(self, ids: Int64[Tensor, "prompts length"], context: Tensor) -> Float[Tensor, "prompts embed"]:
+        if not (self.text.grad_checkpointing and torch.is_grad_enabled()):
+            return self._encode(ids, context)
+        # The blocks' own checkpointing is for towers in training mode, which one that is frozen is never in.
+        parts = ids.split(_RECOMPUTED_AT_ONCE)
+        contexts = context.split(_RECOMPUTED_AT_ONCE) if context.dim() == 3 else [context] * len(parts)
+        return torch.cat(
+            [checkpoint(self._encode, *part, use_reentrant=False) for part in zip(parts, contexts)]  # pyright: ignore
+        )
+
+    def _encode(self, ids: Int64[Tensor, "prompts length"], context: Tensor) -> Float[Tensor, "prompts embed"]:
         with _put_in(self.text.trunk.get_input_embeddings(), context):
             return self.encode_text(ids)
 
@@ -116,7 +128,8 @@ class PromptLearner(DualEncoder):
         return torch.from_numpy(self.tokenizer([f"{'x ' * self.n_ctx}{name}." for name in names]))
 
 
-def _products(images: Float[Tensor, "b embed"], texts: Float[Tensor, "classes embed"]) -> Float[Tensor, "b classes"]:
+def cosines(images: Float[Tensor, "b embed"], texts: Float[Tensor, "classes embed"]) -> Float[Tensor, "b classes"]:
+    """Of unit vectors, in fp32 whatever the precision of the towers."""
     with torch.autocast(images.device.type, enabled=False):  # in bf16 near classes would be equal
         return images @ texts.T
 

@@ -44,6 +44,7 @@ class TextTower(nn.Module):
     ) -> None:
         super().__init__()
         self.vocab_size, self.end_id = vocab_size, vocab_size - 1
+        self.grad_checkpointing = False
         self.trunk = create_clip_text(
             width, layers, heads, context_length, vocab_size, mlp_ratio, quick_gelu, embed_dim
         )
@@ -64,6 +65,7 @@ class TextTower(nn.Module):
     def enable_grad_checkpointing(self) -> None:
         """Recompute each block's activations in backward instead of keeping them."""
         checkpoint_blocks(self.trunk)
+        self.grad_checkpointing = True
 
 
 def create_clip_text(

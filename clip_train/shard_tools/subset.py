@@ -188,10 +188,6 @@ def select_samples(task: SelectTask) -> tuple[str, Chosen]:
     """Note which samples of a shard are kept: pairs of row and entry of the list, in the order of the shard."""
     numbers = list(_sample_numbers(task))
     with_number = [row for row, number in enumerate(numbers) if number is not None]
-    if not with_number:
-        raise DataError(
-            f"shard {task.shard}: no sample has a uid in its .json, as DataComp's have: give keys= a list of names"
-        )
     entries = find_in_list(open_list(task.list_path), (n for n in numbers if n is not None))
     kept = [(row, entry) for row, (first, end) in zip(with_number, entries) for entry in range(first, end)]
     with whole_file(f"{task.notes}.npy") as file:
@@ -237,10 +233,16 @@ def _write(
     """Write the shards that are missing; returns the sizes of all by name."""
     ends = np.cumsum([noted.num_kept for noted in chosen])
     total = int(ends[-1])
+    num_samples = sum(noted.num_samples for noted in chosen)
+    if num_samples == sum(noted.num_without_uid for noted in chosen):
+        raise DataError(
+            f"none of the {num_samples:,} samples has a uid in its .json, as DataComp's have: give keys=, a list of"
+            " names"
+        )
     if not total:
         raise DataError(
-            f"{options.list_setting}={options.uids or options.keys} names none of the"
-            f" {sum(noted.num_samples for noted in chosen):,} samples of these shards"
+            f"{options.list_setting}={options.uids or options.keys} names none of the {num_samples:,} samples of these"
+            " shards"
         )
     num_shards = -(-total // options.samples_per_shard)
     edges = [total * shard // num_shards for shard in range(num_shards + 1)]

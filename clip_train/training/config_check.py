@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from clip_train.data.preprocessing import INTERPOLATIONS, RESIZE_MODES
 from clip_train.data.tokenizer import LONG_CAPTIONS
 from clip_train.errors import ConfigError
-from clip_train.models.adaptation import method_of
+from clip_train.models.adaptation import classifies
 from clip_train.models.dual_encoder import INITIAL_LOGIT_SCALE
 from clip_train.training.launch import World
 from clip_train.training.optimizer import OPTIMIZERS, TOWERS
@@ -193,7 +193,7 @@ def _check_logits(cfg: DictConfig) -> None:
 
 
 def _check_finetune(cfg: DictConfig) -> None:
-    if cfg.get("finetune") is None or not method_of(dict(cfg.finetune)).classifies:
+    if not classifies(cfg.get("finetune")):
         return
     if cfg.model.get("decoder") is not None:
         raise ConfigError(f"finetune={cfg.finetune.method} goes with a model of two towers: give model.decoder=null")

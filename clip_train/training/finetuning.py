@@ -7,15 +7,16 @@ from typing import Any
 from omegaconf import DictConfig
 from torch import nn
 
-from clip_train.checkpoints.base import Base, weights_checksum
+from clip_train.checkpoints.base import Base
 from clip_train.errors import ConfigError
 from clip_train.evaluation.zero_shot import set_classes
 from clip_train.interop.joining import read_base, read_whole
 from clip_train.interop.loading import load_weights
 from clip_train.interop.reading import HUB, Weights
 from clip_train.models import DualEncoder
-from clip_train.models.adaptation import adapt, method_of, tower_of
+from clip_train.models.adaptation import adapt, classifies, method_of, tower_of
 from clip_train.models.classifiers import Task
+from clip_train.models.name_classifier import NameClassifier
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.parts import plain
 from clip_train.training.resume import Checkpoint
@@ -37,7 +38,7 @@ def prepare(model: DualEncoder, cfg: DictConfig, data: ClipDataModule) -> Any:
     if cfg.get("finetune") is None:
         return model
     settings = plain(cfg.finetune)
-    if not method_of(settings).classifies:
+    if not classifies(settings):
         return adapt(model, settings)
     if cfg.micro_batch_size == "auto":
         raise ConfigError(f"micro_batch_size=auto does not try finetune={settings['method']}: give a number or null")
@@ -45,7 +46,10 @@ def prepare(model: DualEncoder, cfg: DictConfig, data: ClipDataModule) -> Any:
 
 
 def _classifier(model: DualEncoder, settings: dict, data: ClipDataModule) -> Any:
-    adapted = adapt(model, settings, Task(data.class_names, data.batches.tokenizer))
+    classes, tokenizer = data.class_names, data.batches.tokenizer
+    adapted = adapt(model, settings, Task(classes, tokenizer))
+    if settings.get("classify"):
+        return NameClassifier(adapted, classes, tokenizer)
     if adapted.own_classes_only:
         for name, batches in data.zero_shot_sets.items():
             if set_classes(batches).names != data.class_names.names:
@@ -92,7 +96,7 @@ def _load_new_base(model: DualEncoder, cfg: DictConfig) -> Base:
     if not weights.complete:
         raise ConfigError(f"init_from={source} is an image tower alone; finetune={method} needs weights of both towers")
     lasting = source if source.startswith(HUB) else str(Path(source).resolve())  # from wherever it is read again
-    return Base(lasting, bool(cfg.get("init_from_ema")), weights_checksum(weights.tensors))
+    return Base(lasting, bool(cfg.get("init_from_ema")), weights.checksum())
 
 
 def _load_known_base(model: DualEncoder, cfg: DictConfig, checkpoint: Checkpoint) -> Base:

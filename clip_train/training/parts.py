@@ -20,7 +20,7 @@ from clip_train.data.tokenizer_choice import CaptionTokenizer, choose_tokenizer
 from clip_train.errors import ConfigError
 from clip_train.losses.classification import ClassificationLoss
 from clip_train.models import DualEncoder, create_dual_encoder
-from clip_train.models.adaptation import method_of
+from clip_train.models.adaptation import classifies
 from clip_train.models.dual_encoder import AnyTextTower
 from clip_train.models.text_config import TextConfig
 from clip_train.training.checkpointing import FolderCheckpointIO
@@ -97,7 +97,7 @@ def check_tokenizer(tokenizer: CaptionTokenizer, text: AnyTextTower) -> None:
 
 def make_loss(cfg: DictConfig) -> Callable[..., Tensor]:
     """The loss group's function, with the name of a dtype turned into the dtype; another where labels are learned."""
-    if cfg.get("finetune") is not None and method_of(plain(cfg.finetune)).classifies:
+    if classifies(cfg.get("finetune")):
         return ClassificationLoss()
     dtype = _matmul_dtype(cfg)
     return instantiate(cfg.loss) if dtype is None else instantiate(cfg.loss, matmul_dtype=dtype)

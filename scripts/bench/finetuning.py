@@ -13,8 +13,8 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -26,12 +26,18 @@ from webdataset.writer import TarWriter
 from clip_train.data.files import whole_file, write_atomic
 from clip_train.training.csv_logger import read_metrics
 
-MODEL = ["model=vit_tiny", "model.text.context_length=20", "trainer.accelerator=cpu", "trainer.precision=32"]
+MODEL = [
+    "model=vit_tiny",
+    "model.image_size=48",
+    "model.text.context_length=20",
+    "trainer.accelerator=cpu",
+    "trainer.precision=32",
+]
 COMMON = [*MODEL, "data.num_workers=0", "logger=[csv]", "trainer.log_every=1", "eval.picture=false"]
-PRETRAINING = ["data.caption_key=json\\:captions", "batch_size=128", "max_epochs=8", "optim.lr=1e-3"]
+PRETRAINING = ["data.caption_key=json\\:captions", "batch_size=128", "max_epochs=14", "optim.lr=1e-3"]
 PRETRAINING += ["optim.weight_decay=0.1", "optim.warmup=6%", "eval.every=null"]
-EPOCHS = {"fashion": 3, "grocery": 12}
-FASHION = {"train": 2000, "val": 1000}
+EPOCHS = {"fashion": 6, "grocery": 20}
+FASHION_MOST, FASHION_LEAST = {"train": 80, "val": 30}, 40  # pictures of a class
 TEMPLATES = ["a photo of {}.", "a picture of {}.", "{}."]
 
 NOTES = """
@@ -63,18 +69,21 @@ class Method(NamedTuple):
 
 
 CLASSES = "data.caption_key=cls"
+BY_NAMES = [CLASSES, "finetune.classify=true"]
 METHODS = [
     Method("none", ["finetune=flyp", "optim.lr=0"]),
-    Method("adapter", ["finetune=adapter", CLASSES, "optim.lr=1e-2"]),
+    Method("adapter (classify)", ["finetune=adapter", *BY_NAMES, "optim.lr=1e-2"]),
     Method("prompt (CoOp)", ["finetune=prompt", "finetune.n_ctx=4", "optim.lr=1e-2"]),
     Method("prompt (CoOp, per class)", ["finetune=prompt", "finetune.n_ctx=4", "finetune.csc=true", "optim.lr=1e-2"]),
-    Method("cocoop", ["finetune=cocoop", "optim.lr=1e-2", "micro_batch_size=16"]),
+    Method("cocoop", ["finetune=cocoop", "optim.lr=1e-2"]),
     Method("linear_probe", ["finetune=linear_probe", "optim.lr=1e-1"]),
     Method("lit (image tower locked)", ["finetune=lit", CLASSES, "optim.lr=1e-3"]),
     Method("lora", ["finetune=lora", CLASSES, "optim.lr=3e-3"]),
-    Method("lora (DoRA)", ["finetune=lora", "finetune.use_dora=true", CLASSES, "optim.lr=3e-3"]),
-    Method("full", ["finetune=full", CLASSES, "optim.lr=1e-3"]),
+    Method("lora (classify)", ["finetune=lora", *BY_NAMES, "optim.lr=3e-3"]),
+    Method("lora (DoRA, classify)", ["finetune=lora", "finetune.use_dora=true", *BY_NAMES, "optim.lr=3e-3"]),
     Method("flyp", ["finetune=flyp", "optim.lr=1e-3"]),
+    Method("full (classify)", ["finetune=full", *BY_NAMES, "optim.lr=1e-3"]),
+    Method("flyp, distilled", ["finetune=flyp", "optim.lr=1e-3", "distill=teacher", "distill.weights={teacher}"]),
 ]
 
 
@@ -104,28 +113,40 @@ def pretrain(data: Path, work: Path) -> Path:
 
 
 def write_fashion(data: Path, work: Path) -> Path:
-    """Product photos with their subcategory as label, as a labelled set."""
-    train, val = (list(islice(samples(data / f"fashion_{part}"), count)) for part, count in FASHION.items())
-    names = sorted({json.loads(sample["json"])["subcategory"] for sample in train})
+    """Product photos with their subcategory as label, where there are enough of it, and no more than enough."""
+    parts = {
+        part: [(sample, json.loads(sample["json"])["subcategory"]) for sample in samples(data / f"fashion_{part}")]
+        for part in FASHION_MOST
+    }
+    frequency = Counter(name for _, name in parts["train"])
+    names = sorted(name for name, count in frequency.items() if count >= FASHION_LEAST)
     labels = {name: number for number, name in enumerate(names)}
-    for part, content in (("train", train), ("val", val)):
-        named = ((sample, json.loads(sample["json"])["subcategory"]) for sample in content)
-        write_set(work / "fashion" / part, [(s, labels[name]) for s, name in named if name in labels], names)
+    for part, content in parts.items():
+        labelled = [(sample, labels[name]) for sample, name in content if name in labels]
+        write_set(work / "fashion" / part, first_of_each(labelled, FASHION_MOST[part]), names)
     return work / "fashion"
 
 
 def write_grocery(data: Path, work: Path) -> Path:
     """Seven photos of each class to learn from, three to be asked about."""
     names = json.loads((data / "grocery81" / "classes.json").read_text())["classnames"]
-    parts: dict[str, list] = {"train": [], "val": []}
-    seen: dict[int, int] = {}
-    for sample in samples(data / "grocery81"):
-        label = int(sample["cls"])
-        seen[label] = seen.get(label, 0) + 1
-        parts["train" if seen[label] <= 7 else "val"].append((sample, label))
-    for part, content in parts.items():
-        write_set(work / "grocery" / part, content, names)
+    everything = [(sample, int(sample["cls"])) for sample in samples(data / "grocery81")]
+    train = first_of_each(everything, 7)
+    keys = {sample["__key__"] for sample, _ in train}
+    write_set(work / "grocery" / "train", train, names)
+    write_set(work / "grocery" / "val", [pair for pair in everything if pair[0]["__key__"] not in keys], names)
     return work / "grocery"
+
+
+def first_of_each(labelled: list[tuple[dict, int]], most: int) -> list[tuple[dict, int]]:
+    """The first pictures of each class, in the order they come."""
+    seen: Counter[int] = Counter()
+    chosen = []
+    for sample, label in labelled:
+        seen[label] += 1
+        if seen[label] <= most:
+            chosen.append((sample, label))
+    return chosen
 
 
 def samples(folder: Path) -> Iterator[dict[str, Any]]:
@@ -176,7 +197,9 @@ def accuracy(method: Method, base: Path, name: str, folder: Path, work: Path) ->
 
 def settings(method: Method, base: Path, name: str, folder: Path) -> list[str]:
     shards = [f"data.train.shards={folder}/train/*.tar", f"eval.zero_shot={{{name}: '{folder}/val/*.tar'}}"]
-    return [f"init_from={base}", *shards, "batch_size=64", "eval.every=null", *method.settings]
+    learned = list((base.parents[2] / f"{name}-full-classify" / "checkpoints").glob("*.ckpt"))
+    chosen = [setting.replace("{teacher}", str(max(learned, default=""))) for setting in method.settings]
+    return [f"init_from={base}", *shards, "batch_size=64", "eval.every=null", *chosen]
 
 
 def run_name(name: str, method: Method) -> str:

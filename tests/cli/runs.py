@@ -16,6 +16,7 @@ TINY = [
     "trainer.accelerator=cpu",
     "trainer.precision=32",
     "eval.every=null",
+    "eval.report=false",
     "batch_size=32",
 ]
 

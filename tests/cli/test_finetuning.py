@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,13 @@ def test_a_checkpoint_holds_what_learns_and_names_its_base(folder):
         assert base["weights"] == str(last(folder, "base")) and len(base["checksum"]) == 64 and not base["ema"]
         whole = read_manifest(last(folder, "base")).files["model.safetensors"].bytes
         assert sum(file.bytes for file in manifest.files.values()) < whole / 20
+
+
+def test_merged_weights_are_known_by_what_they_were_merged_from(folder):
+    base, merged = (read_whole(str(last(folder, name)), "weights") for name in ("base", "lora"))
+    assert merged.checksum().partition("+")[2] == base.checksum()
+    elsewhere = replace(merged, tensors={name: tensor * (1 + 1e-7) for name, tensor in merged.tensors.items()})
+    assert elsewhere.checksum() == merged.checksum() != base.checksum()
 
 
 def test_resumed_it_ends_with_the_same_bytes(folder, tmp_path):

@@ -38,10 +38,12 @@ def test_ranks_without_a_run_name_share_a_folder(tmp_path):
 
 
 def test_a_run_leaves_its_folder(tmp_path):
-    rows = train_tiny(tmp_path, "run", "max_steps=3", "eval.every=2 steps")
+    rows = train_tiny(tmp_path, "run", "max_steps=3", "eval.every=2 steps", "eval.report=true")
     folder = tmp_path / "run"
     names = {path.name for path in folder.iterdir()}
-    assert names == {".lock", "config.yaml", "metrics.csv", "summary.json", "train.log", "checkpoints", "retrieval.png"}
+    files = {".lock", "config.yaml", "metrics.csv", "summary.json", "train.log", "retrieval.png", "report.html"}
+    assert names == {*files, "checkpoints"}
+    assert "data:image/png;base64," in (folder / "report.html").read_text()
     assert [(row["step"], row["samples_seen"]) for row in rows] == [("1", "32"), ("2", "64"), ("3", "96")]
     columns, all_rows = read_metrics(folder / "metrics.csv")
     for name in ("loss", "logit_scale", "lr", "grad_norm", "samples_per_second", "data_wait_fraction"):

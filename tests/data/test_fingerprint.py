@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clip_train.data import fingerprint
+from clip_train.data.class_names import ClassNames
 from clip_train.data.fingerprint import describe, differences, digest
 from clip_train.data.index import load_indexes
 from clip_train.data.pairs import PairReader
@@ -120,6 +121,17 @@ def test_another_order_is_a_difference(monkeypatch):
     monkeypatch.setattr(fingerprint, "ORDER_VERSION", 2)
     (line,) = differences(old, cc12m([5]))
     assert line.startswith("the order of samples: version 2, was 1")
+
+
+def test_other_names_of_classes_are_a_difference(make_shards):
+    shards = load_indexes(make_shards([3, 2], lambda sample: sample | {"cls": "0"}))
+    old, new = (
+        described({"a": PairReader(list(shards), "png", "cls", "data.train", ClassNames(names, ("{}",)))})
+        for names in (("cat", "dog"), ("dog", "cat"))
+    )
+    assert differences(old, old) == []
+    assert differences(old, new) == ["a: its classes have other names or templates than before"]
+    assert digest(old) != digest(new)
 
 
 def test_a_description_that_lacks_something_is_not_taken_for_the_same():

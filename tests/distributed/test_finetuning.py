@@ -9,6 +9,7 @@ import pytest
 from clip_train.checkpoints.folder import list_checkpoints, read_weights
 from clip_train.training.csv_logger import read_metrics
 from tests.distributed.test_world_size import TORCHRUN
+from tests.labelled import make_labelled
 
 BATCH, STEPS = 16, 4
 BASE = f"batch_size={BATCH} optim.warmup=0 checkpoint.every=null"
@@ -18,6 +19,9 @@ METHODS = {
     "adapter": "finetune=adapter finetune.towers=[image,text] finetune.train_logit_scale=true ema.decay=0.9",
     "lit": "finetune=lit finetune.unlocked_groups=2",
     "locked": "finetune=lit finetune.lock=text model.grad_checkpointing=true",
+    "classify": "finetune=lora finetune.rank=2 finetune.classify=true data.caption_key=cls LABELLED",
+    "prompt": "finetune=prompt finetune.n_ctx=2 model.grad_checkpointing=true LABELLED",
+    "linear_probe": "finetune=linear_probe LABELLED",
 }
 WAYS = {"ddp": "trainer.strategy=ddp", "fsdp": "trainer.strategy=fsdp micro_batch_size=3"}
 
@@ -35,12 +39,14 @@ def runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     train_on(1, folder, f"base {BASE} max_steps=1")
     (base,) = list_checkpoints(folder / "base" / "checkpoints")
+    labelled = f"data.train.shards={make_labelled(folder / 'labelled', [30, 40])}"
     begin = f"{RUN} init_from={base}"
-    train_on(1, folder, *(f"{method}-one {begin} {keys}" for method, keys in METHODS.items()))
+    methods = {method: keys.replace("LABELLED", labelled) for method, keys in METHODS.items()}
+    train_on(1, folder, *(f"{method}-one {begin} {keys}" for method, keys in methods.items()))
     train_on(
         2,
         folder,
-        *(f"{method}-{way} {begin} {keys} {how}" for method, keys in METHODS.items() for way, how in WAYS.items()),
+        *(f"{method}-{way} {begin} {keys} {how}" for method, keys in methods.items() for way, how in WAYS.items()),
     )
     return folder
 

@@ -51,6 +51,17 @@ def test_losses_are_the_same_in_parts_and_with_checkpointed_blocks(monkeypatch):
             assert (gradients[name] - gradient).norm() <= 1e-5 * (gradient.norm() + 1), name
 
 
+def test_it_is_trained_in_bf16():
+    model = our_coca().to(torch.bfloat16)
+    losses = model(pixels().to(torch.bfloat16), clip_ids()[:3])[2]
+    expected = our_coca()(pixels(), clip_ids()[:3])[2]
+    assert losses.dtype == torch.float32
+    torch.testing.assert_close(losses, expected, rtol=0.02, atol=0.1)
+    losses.sum().backward()
+    assert all(p.grad.isfinite().all() for n, p in model.named_parameters() if p.grad is not None)
+    assert next(model.decoder.parameters()).grad is not None
+
+
 def test_padding_is_neither_predicted_nor_seen():
     model = ours(COCA)
     short, long = clip_ids()[:1, :10], clip_ids()[:1]

@@ -9,10 +9,11 @@ from torch.nn import functional as F
 from clip_train.data.class_names import ClassNames
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.errors import ConfigError
-from clip_train.models import create_dual_encoder
+from clip_train.models import create_dual_encoder, prompt_learner
 from clip_train.models.adaptation import adapt
 from clip_train.models.classifiers import Task
 from clip_train.models.linear_probe import LinearProbe
+from clip_train.models.name_classifier import NameClassifier
 from clip_train.models.prompt_learner import PromptLearner
 from tests.models.test_dual_encoder import TINY, random_batch
 
@@ -120,6 +121,23 @@ def test_a_picture_shifts_its_own_context():
     assert torch.allclose(F.cross_entropy(scores, LABELS, reduction="none"), losses, atol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{}, {"csc": True}, {"conditional": True}])
+def test_with_checkpointing_prompts_are_encoded_again_in_parts(settings, monkeypatch):
+    monkeypatch.setattr(prompt_learner, "_RECOMPUTED_AT_ONCE", 2)
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        model = adapt(create_dual_encoder(**TINY, grad_checkpointing=checkpointing), PROMPT | settings, TASK).train()
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x):
+            loss = model(pixels(), LABELS)[0].mean()
+        found.append((loss, *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]), sum(kept)))
+    *plain, plain_kept = found[0]
+    *again, again_kept = found[1]
+    torch.testing.assert_close(again, plain)
+    assert again_kept < plain_kept / 4
+
+
 def test_noise_starts_small_and_differs():
     context = adapted(**PROMPT | {"init": None, "n_ctx": 8}).context
     assert context.shape == (8, 64) and 0.01 < context.std().item() < 0.03
@@ -153,3 +171,32 @@ def test_another_text_tower_takes_no_vectors():
     siglip = {**TINY, "text": {**TINY["text"], "name": "siglip", "proj": "none", "width": 32}}
     with pytest.raises(ConfigError, match="finetune=prompt puts vectors into CLIP's text tower"):
         adapt(create_dual_encoder(**siglip), PROMPT, TASK)
+
+
+NAMES = ClassNames(CLASSES.names, ("a photo of a {}.", "{}"))
+ADAPTER = {"method": "adapter", "towers": ["image"], "ratio": 0.5, "reduction": 4, "train_logit_scale": False}
+LORA = {"method": "lora", "towers": ["text"], "rank": 2, "alpha": 4, "dropout": 0.0, "use_dora": False}
+
+
+def test_names_classify_by_the_mean_of_their_captions():
+    model = NameClassifier(adapted(**ADAPTER), NAMES, TASK.tokenizer)
+    means = texts([f"a photo of a {name}." for name in NAMES.names]) + texts(list(NAMES.names))
+    unit = F.normalize(means, dim=-1)
+    logits = base().logit_scale.exp() * model.encode_image(pixels()) @ unit.T
+    losses, hits = model(pixels(), LABELS)
+    assert torch.allclose(losses, F.cross_entropy(logits, LABELS, reduction="none"), atol=1e-5)
+    assert hits.tolist() == (logits.argmax(1) == LABELS).float().tolist()
+    assert set(learning(model)) == {"image_adapter.down.weight", "image_adapter.up.weight"}
+    assert model.state_dict().keys() == adapted(**ADAPTER).state_dict().keys()
+
+
+def test_names_are_encoded_once_unless_their_tower_learns():
+    for settings, encoded in ((ADAPTER, 1), ({**LORA, "target_modules": {"text": None}}, 2)):
+        model = NameClassifier(adapted(**settings), NAMES, TASK.tokenizer)
+        calls: list = []
+        model.text.register_forward_pre_hook(lambda *call, calls=calls: calls.append(call))
+        for _ in range(2):
+            losses, _ = model(pixels(), LABELS)
+            losses.mean().backward()
+        assert len(calls) == encoded
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)

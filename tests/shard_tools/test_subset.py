@@ -153,11 +153,11 @@ def test_a_uid_that_is_listed_twice_is_written_twice(take, tmp_path):
 
 def test_samples_without_uid_are_left_out_and_counted(tmp_path):
     samples = [with_uid(0), make_sample(1), with_uid(2), make_sample(3) | {"json": b"{"}]
-    shard = write_shard(tmp_path / "pool.tar", samples)
+    shards = [write_shard(tmp_path / "pool.tar", samples), write_shard(tmp_path / "none.tar", [make_sample(4)])]
     uids = save_uids(tmp_path / "list.npy", [uid_of(number) for number in range(4)])
     chosen = options(SubsetOptions, "subset", uids=str(uids), output=str(tmp_path / "out"), num_workers=1)
-    report = subset_shards([shard], chosen, access())
-    assert (report.num_kept, report.num_without_uid, report.num_missing) == (2, 2, 2)
+    report = subset_shards(shards, chosen, access())
+    assert (report.num_kept, report.num_without_uid, report.num_missing) == (2, 3, 2)
 
 
 def test_numbers_are_found_by_both_words():
@@ -206,7 +206,7 @@ def test_shards_that_cannot_be_used_are_refused(take, make_shards, pool, tmp_pat
         take(uids=elsewhere, output=tmp_path / "none")
     uids = save_uids(tmp_path / "list.npy", [uid_of(1)])
     chosen = options(SubsetOptions, "subset", uids=str(uids), output=str(tmp_path / "out"), num_workers=1)
-    with pytest.raises(DataError, match=r"no sample has a uid in its \.json.*give keys="):
+    with pytest.raises(DataError, match=r"none of the \d+ samples has a uid in its \.json.*give keys="):
         subset_shards(make_shards([4]), chosen, access())
     content = Path(pool[1]).read_bytes()
     Path(pool[1]).write_bytes(content[: len(content) // 2])
