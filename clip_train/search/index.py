@@ -123,7 +123,9 @@ def make_index(kind: str, width: int, count: int) -> Any:
     faiss = import_faiss()
     factory = {"flat": "Flat", "hnsw": f"HNSW{_HNSW_LINKS},SQfp16"}.get(kind)
     if factory is None:
-        code = max(size for size in range(1, min(width, _LARGEST_CODE) + 1) if width % size == 0)
+        code = max(
+            size for size in range(1, _LARGEST_CODE + 1) if width % size == 0 and (size == 1 or 4 * size <= width)
+        )
         factory = f"IVF{_num_lists(count)},PQ{code}"
         if count < 256:
             raise ConfigError(f"kind=ivf_pq learns 256 centroids, and there are {count} embeddings: give kind=flat")

@@ -100,7 +100,7 @@ def make_app(page: SearchPage) -> Any:
     @app.get("/")
     def show() -> str:
         columns = extra_columns(page.folder.rows([0])[0])
-        example = f"{next(iter(columns))} = ..." if columns else "caption like '%dog%'"
+        example = f'"{next(iter(columns))}" = ...' if columns else "caption like '%dog%'"
         sides, count = list(page.folder.embeddings), f"{len(page.folder):,}"
         about = {"count": count, "sides": sides, "example": example, "num_results": page.options.num_results}
         return flask.render_template("page.html", **about)
