@@ -17,9 +17,10 @@ from clip_train.errors import ConfigError, DataError
 KINDS = ("flat", "hnsw", "ivf_pq")
 _FLAT_BELOW, _HNSW_BELOW = 50_000, 1_000_000
 _HNSW_LINKS, _HNSW_EF_CONSTRUCTION = 32, 80
-_PER_LIST = 50  # samples per list that the lists are learned from
+_PER_LIST = 40  # samples per list that the lists are learned from
 _LEAST_PROBED = 16
 _LARGEST_CODE = 64  # bytes
+_LEAST_LEARNED = 20_000
 _ADDED_AT_ONCE = 65_536
 
 
@@ -123,10 +124,9 @@ def make_index(kind: str, width: int, count: int) -> Any:
     faiss = import_faiss()
     factory = {"flat": "Flat", "hnsw": f"HNSW{_HNSW_LINKS},SQfp16"}.get(kind)
     if factory is None:
-        code = max(
-            size for size in range(1, _LARGEST_CODE + 1) if width % size == 0 and (size == 1 or 4 * size <= width)
-        )
-        factory = f"IVF{_num_lists(count)},PQ{code}"
+        codes = [size for size in range(1, _LARGEST_CODE + 1) if width % size == 0 and 4 * size <= width] or [1]
+        # np: codes are not put in an order that another kind of search needs, which would take very long.
+        factory = f"IVF{_num_lists(count)},PQ{codes[-1]}np"
         if count < 256:
             raise ConfigError(f"kind=ivf_pq learns 256 centroids, and there are {count} embeddings: give kind=flat")
     index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
@@ -162,12 +162,12 @@ def import_faiss() -> Any:
 
 
 def _num_lists(count: int) -> int:
-    """A power of 2 near 2 sqrt(count), but no more than can be learned; twice as many take four times as long."""
-    return max(1, 2 ** round(math.log2(min(2 * math.sqrt(count), count / _PER_LIST + 1))))
+    """A power of 2 near sqrt(count), but no more than can be learned; twice as many take four times as long."""
+    return max(1, 2 ** round(math.log2(min(math.sqrt(count), count / _PER_LIST + 1))))
 
 
 def _num_learned(count: int) -> int:
-    return min(count, max(_PER_LIST * _num_lists(count), _ADDED_AT_ONCE))
+    return min(count, max(_PER_LIST * _num_lists(count), _LEAST_LEARNED))
 
 
 def _training_sample(folder: EmbeddingFolder, side: str, count: int, seed: int) -> np.ndarray:

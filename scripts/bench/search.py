@@ -59,8 +59,13 @@ def write_folder(folder: Path, count: int, synthetic: Synthetic) -> EmbeddingFol
 
 def exact(folder: EmbeddingFolder, queries: np.ndarray) -> np.ndarray:
     """The numbers of each query's nearest, by comparing with all."""
-    scores = np.concatenate([queries @ block.T for block in folder.blocks(IMAGE)], axis=1)
-    return np.argsort(-scores, axis=1, kind="stable")[:, :K]
+    best, numbers, first = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64), 0
+    for block in folder.blocks(IMAGE):
+        scores = queries @ block.T
+        chosen = np.argpartition(-scores, K, axis=1)[:, :K]
+        best = np.concatenate([best, np.take_along_axis(scores, chosen, axis=1)], axis=1)
+        numbers, first = np.concatenate([numbers, first + chosen], axis=1), first + len(block)
+    return np.take_along_axis(numbers, np.argsort(-best, axis=1)[:, :K], axis=1)
 
 
 def measure(folder: EmbeddingFolder, kind: str, queries: np.ndarray, truth: np.ndarray) -> str:
