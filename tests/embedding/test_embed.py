@@ -22,7 +22,7 @@ from tests.interop.tiny import CLIP, ours
 MODULE = "clip_train.commands.embed"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 BAD_IMAGE, NO_TEXT = 5, 17
-SETTINGS = ["dtype=float32", "metadata=[price,tags]", "batch_size=4", "data.num_workers=1", "trainer.accelerator=cpu"]
+SETTINGS = ["dtype=float32", "metadata=[price,tags]", "batch_size=4", "data.num_workers=0", "trainer.accelerator=cpu"]
 
 
 def change(number: int) -> dict:
@@ -87,7 +87,7 @@ def test_every_usable_sample_is_there_once_with_its_own_embeddings(whole, folder
 
 
 def test_killed_in_the_middle_and_gone_on_with_by_two_processes_the_files_are_the_same(whole, folder):
-    command = [sys.executable, "-m", MODULE, *arguments(folder, "cut")]
+    command = [sys.executable, "-m", MODULE, *arguments(folder, "cut", "data.num_workers=1")]
     process = subprocess.Popen(command, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     end = time.monotonic() + 600
     while not list((folder / "cut" / "metadata").glob("*.parquet")):
@@ -97,7 +97,7 @@ def test_killed_in_the_middle_and_gone_on_with_by_two_processes_the_files_are_th
     process.wait()
     assert not (folder / "cut" / "skipped.csv").exists()
     kept = {path: path.stat().st_mtime_ns for path in (folder / "cut" / "metadata").glob("*.parquet")}
-    done = run_module(MODULE, arguments(folder, "cut", "trainer.devices=2"), ENV, 600)
+    done = run_module(MODULE, arguments(folder, "cut", "trainer.devices=2", "data.num_workers=1"), ENV, 600)
     assert done.returncode == 0, done.stderr
     assert "were there" in done.stdout
     assert contents(folder / "cut") == contents(whole)
