@@ -1,20 +1,16 @@
 """clip-shards: make, index, filter, verify, describe and time shards."""
 
-import difflib
-import os
-import sys
-from collections.abc import Callable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 
-from clip_train.commands.program import EXIT_DONE, EXIT_USER_ERROR, run_program
+from clip_train.commands.program import EXIT_DONE
 from clip_train.commands.shard_reports import BenchTable, print_damages, print_summary, progress
-from clip_train.errors import ConfigError, DataError
+from clip_train.commands.subcommands import run_commands
+from clip_train.errors import DataError
 from clip_train.typed_config import typed
 
-EXIT_DAMAGED, EXIT_INTERRUPTED = 1, 130
+EXIT_DAMAGED = 1
 _USAGE = """\
 clip-shards makes, checks and describes WebDataset shards.
 
@@ -42,33 +38,7 @@ Tab completion: eval "$(clip-shards -sc install=bash)"
 
 def main() -> None:
     """Entry point."""
-    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if command in ("--help", "-h"):
-        print(_USAGE, end="")
-        sys.exit(EXIT_DONE)
-    if command == "-sc":
-        command = _command_to_complete()
-        sys.argv.insert(1, command)
-    if command not in _COMMANDS:
-        near = difflib.get_close_matches(command, _COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(_COMMANDS)}"
-        print(f"clip-shards: error: {command}: no such command; {hint}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    del sys.argv[1]
-    run_program(f"clip-shards {command}", f"shards_{command}", _in_one_line(_COMMANDS[command]))
-
-
-def _command_to_complete() -> str:
-    """Hydra's completion asks with the whole line (`clip-shards make out`) and knows nothing of commands."""
-    line = os.environ.get("COMP_LINE")
-    if line is None:
-        return "make"  # it is being installed, which is the same for all
-    words = line.split()
-    if len(words) < 2 or words[1] not in _COMMANDS:
-        print(" ".join(_COMMANDS))
-        sys.exit(EXIT_DONE)
-    os.environ["COMP_LINE"] = line.replace(f" {words[1]}", "", 1)
-    return words[1]
+    run_commands("clip-shards", "shards", _USAGE, _COMMANDS)
 
 
 def _make(cfg: DictConfig) -> int:
@@ -227,21 +197,6 @@ def _shards(cfg: DictConfig) -> list[str]:
 
 def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-
-
-def _in_one_line(task: Callable[[DictConfig], int]) -> Callable[[DictConfig], int]:
-    """What may go wrong inside, as errors that `run_program` prints, or as an exit code."""
-
-    def run(cfg: DictConfig) -> int:
-        try:
-            return task(cfg)
-        except MissingMandatoryValue as error:
-            raise ConfigError(f"{error.full_key} has no value: give {error.full_key}=...") from error
-        except KeyboardInterrupt:
-            print("clip-shards: interrupted", file=sys.stderr)
-            return EXIT_INTERRUPTED
-
-    return run
 
 
 _COMMANDS = {"make": _make, "index": _index, "subset": _subset, "verify": _verify, "stats": _stats, "bench": _bench}

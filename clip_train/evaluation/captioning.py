@@ -16,8 +16,11 @@ from clip_train.models.generation import CaptionOptions, generate
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-def find_pictures(pattern: str) -> list[Path]:
+def find_pictures(pattern: str, setting: str = "images") -> list[Path]:
     """A picture, those of a folder and its subfolders, or those that a glob fits, in the order of their names.
+
+    Args:
+        setting: the config key that the pattern came from, for the error.
 
     Raises:
         ConfigError: there are none.
@@ -31,7 +34,7 @@ def find_pictures(pattern: str) -> list[Path]:
         anchor = Path(path.anchor)
         found = [file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file()]
     if not found:
-        raise ConfigError(f"images={pattern}: no such picture, nor any in a folder of that name or by that pattern")
+        raise ConfigError(f"{setting}={pattern}: no such picture, nor any in a folder of that name or by that pattern")
     return sorted(found)
 
 

@@ -17,13 +17,19 @@ _SAMPLES_PER_TASK = 250
 
 
 class StoredSample(NamedTuple):
-    """A sample's files as they are, without those it lacks. `image` is the first of the extensions that it has."""
+    """A sample's files as they are, without those it lacks. `image` is the first of the extensions that it has.
+
+    Attributes:
+        captions: files by extension, those that were asked for besides among them.
+        image_offset: byte where the picture begins in the shard; -1 if there is none.
+    """
 
     shard: str
     key: str
     image: bytes | None
     image_extension: str
     captions: Mapping[str, bytes]
+    image_offset: int
 
 
 @dataclass(frozen=True)
@@ -64,16 +70,18 @@ class Selection:
 
 @dataclass(frozen=True)
 class SampleTask:
-    """Some samples of one shard, by ascending number in it."""
+    """Some samples of one shard, by ascending number in it; `extras` are extensions of files to read besides."""
 
     index: ShardIndex
     rows: Sequence[int]
     selection: Selection
     access: ShardAccess
+    extras: tuple[str, ...] = ()
 
     def read(self) -> Iterator[StoredSample]:
         """Read the samples in the order of the shard."""
-        image_extensions, caption_extensions = self.selection.image_extensions, self.selection.captions.extensions
+        image_extensions = self.selection.image_extensions
+        others = dict.fromkeys((*self.selection.captions.extensions, *self.extras))
         extents = self.index.read_extents()
         with self.access.local(self.index.shard) as path, open(path, "rb", buffering=0) as file:
             descriptor = file.fileno()
@@ -81,10 +89,11 @@ class SampleTask:
                 offsets, sizes = (dict(zip(self.index.extensions, column)) for column in extents[row].T.tolist())
                 there = [extension for extension, offset in offsets.items() if offset != ABSENT]
                 image = next((extension for extension in image_extensions if extension in there), "")
-                wanted = [extension for extension in (image, *caption_extensions) if extension in there]
+                wanted = [extension for extension in (image, *others) if extension in there]
                 files = {name: os.pread(descriptor, sizes[name], offsets[name]) for name in wanted}
                 key = sample_key(descriptor, min(offsets[extension] for extension in there))
-                yield StoredSample(self.index.shard, key, files.pop(image, None), image, files)
+                place = offsets.get(image, ABSENT)
+                yield StoredSample(self.index.shard, key, files.pop(image, None), image, files, place)
 
 
 def sample_tasks(indexes: Sequence[ShardIndex], selection: Selection, access: ShardAccess) -> list[SampleTask]:
@@ -93,8 +102,8 @@ def sample_tasks(indexes: Sequence[ShardIndex], selection: Selection, access: Sh
     Raises:
         DataError: no shard has any file under one of the keys.
     """
-    _check_key(indexes, "image_key", selection.image_key, selection.image_extensions)
-    _check_key(indexes, "caption_key", selection.caption_key, selection.captions.extensions)
+    check_key(indexes, "image_key", selection.image_key, selection.image_extensions)
+    check_key(indexes, "caption_key", selection.caption_key, selection.captions.extensions)
     counts = [index.num_samples for index in indexes]
     ends = np.cumsum(counts, dtype=np.int64)
     total = sum(counts)
@@ -114,7 +123,8 @@ def sample_tasks(indexes: Sequence[ShardIndex], selection: Selection, access: Sh
     return tasks
 
 
-def _check_key(indexes: Sequence[ShardIndex], setting: str, value: object, extensions: Sequence[str]) -> None:
+def check_key(indexes: Sequence[ShardIndex], setting: str, value: object, extensions: Sequence[str]) -> None:
+    """Raises DataError if none of the shards has a file with one of these extensions."""
     found = sorted({extension for index in indexes for extension in index.extensions})
     if indexes and not set(extensions) & set(found):
         raise DataError(f"{setting}={value}: no shard has such files (found: {', '.join(found)})")

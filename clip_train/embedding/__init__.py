@@ -1,0 +1,1 @@
+"""Embeddings of whole sets on disk: made part by part, and read."""

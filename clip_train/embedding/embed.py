@@ -1,0 +1,208 @@
+"""Embed a set: every process its share of the parts, each sample exactly once."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clip_train.checkpoints.base import weights_checksum
+from clip_train.data.loader import make_loader
+from clip_train.distributed import gather_objects, group_rank, group_size, raise_everywhere
+from clip_train.embedding.batches import PartBatch, PartBatches, Row
+from clip_train.embedding.manifest import Manifest
+from clip_train.embedding.options import IMAGE, TEXT, EmbedOptions
+from clip_train.embedding.part_files import check_pyarrow, read_about, write_part
+from clip_train.embedding.sources import Source, Task, find_sources
+from clip_train.errors import ClipTrainError, DataError
+from clip_train.evaluation.loaded_model import LoadedModel
+from clip_train.interop.model_source import ModelSource
+from clip_train.shard_tools.access import ShardAccess
+from clip_train.shard_tools.damage import Damage, write_damages
+
+SKIPPED = "skipped.csv"
+
+
+class Tally(NamedTuple):
+    """What one process did, or all.
+
+    Attributes:
+        samples: that have embeddings now.
+        new: of those, embedded just now.
+        seconds: that it took to embed these.
+    """
+
+    samples: int
+    new: int
+    parts: int
+    seconds: float
+    bad: list[Damage]
+
+
+class Progress(NamedTuple):
+    """Of this process, after a batch."""
+
+    parts: int
+    of_parts: int
+    samples: int
+    seconds: float
+
+
+@dataclass
+class _Part:
+    """What has come in of a part so far. Embeddings stay on the device until all are there."""
+
+    embeddings: dict[str, list[Tensor]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    bad: list[Damage] = field(default_factory=list)
+
+    def add(self, batch: PartBatch, loaded: LoadedModel, sides: Sequence[str]) -> None:
+        """Embed a batch."""
+        ways = {IMAGE: (loaded.model.encode_image, batch.image), TEXT: (loaded.model.encode_text, batch.text)}
+        for side in sides:
+            encode, inputs = ways[side]
+            width = loaded.model.embed_dim
+            encoded = encode(inputs.to(loaded.device, non_blocking=True)) if batch.rows else torch.empty(0, width)
+            self.embeddings.setdefault(side, []).append(encoded.to(loaded.device))
+        self.rows += batch.rows
+        self.bad += batch.bad
+
+    def joined(self, options: EmbedOptions) -> dict[str, np.ndarray]:
+        """The embeddings of all of the part's samples."""
+        dtype = np.dtype(options.dtype)
+        return {side: torch.cat(parts).float().cpu().numpy().astype(dtype) for side, parts in self.embeddings.items()}
+
+
+def embed(
+    model: LoadedModel,
+    weights: Mapping[str, Any],
+    options: EmbedOptions,
+    access: ShardAccess,
+    show: Callable[[Progress], None] = lambda progress: None,
+) -> Tally:
+    """Write the embeddings that are missing in `options.output`; all ranks call this.
+
+    Args:
+        model: on this rank's device.
+        weights: of `describe_weights`, for the manifest.
+        access: how shards are reached.
+        show: told after each batch.
+
+    Returns:
+        Of all ranks together.
+
+    Raises:
+        ClipTrainError: on every rank, after all have done what they could.
+    """
+    folder = Path(options.output).expanduser()
+    with _agreed(folder):  # nothing is written before all know what the folder is to hold
+        check_pyarrow()
+        sources = find_sources(options, access)
+        _claim(folder, Manifest(weights, _settings(options), [source.name for source in sources]))
+    with _agreed(folder):
+        own = list(enumerate(sources))[group_rank() :: group_size()]
+        tally = _embed_parts(model, options, folder, own, show)
+    total = _total(gather_objects([tally]))
+    if group_rank() == 0:
+        write_damages(folder / SKIPPED, total.bad)
+    if not total.samples:
+        raise DataError(f"none of the samples of data={options.data} can be used; the first: {total.bad[0].detail}")
+    return total
+
+
+@contextmanager
+def _agreed(folder: Path) -> Iterator[None]:
+    """What goes wrong inside on any rank is raised on all, when all are through."""
+    error = ""
+    try:
+        yield
+    except ClipTrainError as failed:
+        error = str(failed)
+    except OSError as failed:
+        error = f"output={folder} cannot be written: {failed.strerror or failed}"
+    raise_everywhere(error)
+
+
+def describe_weights(source: ModelSource, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Which weights they are, and where they were: for a model that is not on a device yet.
+
+    Args:
+        given: what they were opened with.
+    """
+    config = {key: value for key, value in source.config.items() if key != "grad_checkpointing"}
+    return {**given, "model": config, "sha256": weights_checksum(source.model.state_dict())}
+
+
+def _claim(folder: Path, manifest: Manifest) -> None:
+    """Say what the folder holds, or find that it holds the same."""
+    if old := Manifest.read(folder):
+        manifest.check_goes_on(old, folder)
+    if group_rank() == 0:
+        manifest.write(folder)
+
+
+def _settings(options: EmbedOptions) -> dict[str, Any]:
+    """What decides the embeddings, beside model and data; the size of batches changes their last digits at most."""
+    names = ("image_key", "caption_key", "metadata", "dtype", "precision")
+    return {"modality": list(options.sides), **{name: getattr(options, name) for name in names}}
+
+
+def _embed_parts(
+    model: LoadedModel,
+    options: EmbedOptions,
+    folder: Path,
+    own: Sequence[tuple[int, Source]],
+    show: Callable[[Progress], None],
+) -> Tally:
+    stamps = {number: source.stamp() for number, source in own}
+    found = {number: read_about(folder, number, options.sides, stamp) for number, stamp in stamps.items()}
+    done = [about for about in found.values() if about]
+    missing = [(number, source) for number, source in own if not found[number]]
+    samples, bad = sum(count for count, _ in done), [damage for _, damages in done for damage in damages]
+    begin, new, finished = time.monotonic(), 0, len(done)
+    part = _Part()
+    with torch.no_grad(), model.autocast():
+        for (number, last), batch in _loaded(model, options, missing):
+            part.add(batch, model, options.sides)
+            new += len(batch.rows)
+            if last:
+                values = part.joined(options)
+                write_part(folder, number, stamps[number], values, part.rows, options.metadata, part.bad)
+                bad += part.bad
+                part, finished = _Part(), finished + 1
+            show(Progress(finished, len(own), new, time.monotonic() - begin))
+    return Tally(samples + new, new, len(own), time.monotonic() - begin, bad)
+
+
+def _loaded(
+    model: LoadedModel, options: EmbedOptions, parts: Sequence[tuple[int, Source]]
+) -> Iterator[tuple[tuple[int, bool], PartBatch]]:
+    """The batches of the parts in their order, each with its part's number and whether it is the part's last."""
+    places: deque[tuple[int, bool]] = deque()
+
+    def tasks() -> Iterator[Task]:
+        for number, source in parts:
+            found = source.tasks()
+            for task in found:
+                places.append((number, task is found[-1]))
+                yield task
+
+    source = model.source
+    batches = PartBatches(options, model.tokenizer, source.image_size, source.resize_mode, source.interpolation)
+    pin_memory = model.device.type == "cuda"
+    for batch in make_loader(cast(Any, batches), tasks(), model.num_workers, pin_memory) if parts else ():
+        if batch.error:
+            raise DataError(batch.error)
+        yield places.popleft(), batch
+
+
+def _total(tallies: Sequence[Tally]) -> Tally:
+    samples, new, parts = (sum(numbers) for numbers in list(zip(*tallies))[:3])
+    slowest = max(tally.seconds for tally in tallies)
+    return Tally(samples, new, parts, slowest, sorted(damage for tally in tallies for damage in tally.bad))

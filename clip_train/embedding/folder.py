@@ -1,0 +1,117 @@
+"""A folder of embeddings, read: those of clip-embed, and others in clip-retrieval's layout."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from clip_train.embedding.manifest import Manifest
+from clip_train.embedding.options import MODALITIES
+from clip_train.embedding.part_files import embedding_path, metadata_path
+from clip_train.errors import DataError
+
+_FILES_KEPT = 256  # open tables of metadata, and mapped embeddings of each side
+
+
+@dataclass(frozen=True)
+class EmbeddingFolder:
+    """Samples by number, in the order of the parts.
+
+    Attributes:
+        manifest: what clip-embed says of it; None for a folder of another program.
+        embeddings: the files of each side that there is, `image` and `text`.
+        metadata: the files with the same rows.
+        counts: rows of each part.
+    """
+
+    path: Path
+    manifest: Manifest | None
+    embeddings: Mapping[str, Sequence[Path]]
+    metadata: Sequence[Path]
+    counts: Sequence[int]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "EmbeddingFolder":
+        """Raises DataError if there are none, they are not complete, or parts do not fit together."""
+        path = Path(path).expanduser()
+        manifest = Manifest.read(path)
+        found = {side: _numbered(embedding_path(path, side, 0)) for side in MODALITIES}
+        embeddings = {side: files for side, files in found.items() if files}
+        metadata = _numbered(metadata_path(path, 0))
+        if not embeddings:
+            raise DataError(f"embeddings={path} holds none (img_emb/*.npy, text_emb/*.npy): write them by clip-embed")
+        parts = {len(files) for files in (*embeddings.values(), metadata)}
+        if len(parts) > 1 or (manifest and len(metadata) != len(manifest.parts)):
+            raise DataError(f"embeddings={path} is not complete: start clip-embed again")
+        counts = {tuple(len(_mapped(file)) for file in files) for files in embeddings.values()}
+        if len(counts) > 1:
+            raise DataError(f"embeddings={path}: its images and texts are not of the same samples")
+        return cls(path, manifest, embeddings, metadata, counts.pop())
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """One past the last sample of each part."""
+        return np.cumsum(self.counts)
+
+    def width(self, side: str) -> int:
+        """Of an embedding."""
+        return _mapped(self.embeddings[side][0]).shape[1]
+
+    def blocks(self, side: str) -> Iterator[Float[np.ndarray, "rows width"]]:
+        """All embeddings of a side as fp32 unit vectors, part by part."""
+        for path in self.embeddings[side]:
+            yield _unit(np.asarray(_mapped(path), dtype=np.float32))
+
+    def vectors(self, side: str, numbers: np.ndarray) -> Float[np.ndarray, "rows width"]:
+        """Some of a side as fp32 unit vectors."""
+        found = np.empty((len(numbers), self.width(side)), dtype=np.float32)
+        parts, rows = self._located(numbers)
+        for part in np.unique(parts):
+            of_part = parts == part
+            found[of_part] = _mapped(self.embeddings[side][part])[rows[of_part]]
+        return _unit(found)
+
+    def rows(self, numbers: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
+        """The metadata of some samples."""
+        parts, rows = self._located(np.asarray(numbers, dtype=np.int64))
+        return [_table(self.metadata[part]).slice(row, 1).to_pylist()[0] for part, row in zip(parts, rows.tolist())]
+
+    def _located(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        parts = np.searchsorted(self.ends, numbers, side="right")
+        return parts, numbers - (self.ends[parts] - np.asarray(self.counts)[parts])
+
+
+def _numbered(like: Path) -> list[Path]:
+    """The files of the same kind, by the number in their names, however many digits it has."""
+    files = like.parent.glob(f"*{like.suffix}")
+    return sorted(files, key=lambda file: ([int(number) for number in re.findall(r"\d+", file.stem)], file.name))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+@lru_cache(_FILES_KEPT)
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        values = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if values.ndim != 2:
+        raise DataError(f"{path} is no table of embeddings: its shape is {values.shape}")
+    return values
+
+
+@lru_cache(_FILES_KEPT)
+def _table(path: Path) -> Any:
+    from pyarrow import parquet
+
+    return parquet.read_table(path)

@@ -1,0 +1,1 @@
+"""Search in embeddings: an index, filters, and results as people see them."""
