@@ -45,7 +45,7 @@ def pattern(tmp_path_factory) -> str:
 
 def evaluated(output: Path, *arguments: str) -> dict[str, bytes]:
     """The files of an evaluation."""
-    done = clip_eval(*arguments, f"output={output}", "batch_size=8", "data.num_workers=1")
+    done = clip_eval(*arguments, f"output={output}", "batch_size=8", "data.num_workers=0")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "acc1" in done.stdout and f"wrote {output}/results.json" in done.stdout
     return {path.name: path.read_bytes() for path in output.iterdir()}
