@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from clip_train.data.keyed_random import VALIDATION_SPLIT, keyed_uniforms
-from clip_train.distributed import sum_over_ranks
+from clip_train.distributed import group_rank, sum_over_ranks
 from clip_train.heartbeat import beat
 
 # Radford et al. (2021), A.3: 10^-6 to 10^6 in eighths of a decade, approached from every second decade.
@@ -82,6 +82,9 @@ class _Problem:
         self._mean = sum_over_ranks(raw.sum(0)) / self.count
         centred = raw - self._mean
         variances, axes = torch.linalg.eigh(sum_over_ranks(centred.T @ centred) / self.count)
+        if group_rank() > 0:  # another processor might turn an axis round
+            variances, axes = torch.zeros_like(variances), torch.zeros_like(axes)
+        variances, axes = sum_over_ranks(variances), sum_over_ranks(axes.contiguous())
         curvature = variances.clamp(min=0) + 1 / (self.count * C)
         self._basis = axes * curvature.rsqrt()
         self.x = with_ones(centred @ self._basis)
