@@ -101,16 +101,22 @@ def embed(
         ClipTrainError: on every rank, after all have done what they could.
     """
     folder = Path(options.output).expanduser()
-    with _agreed(folder):  # nothing is written before all know what the folder is to hold
+    with _agreed(folder):
         check_pyarrow()
         sources = find_sources(options, access)
-        _claim(folder, Manifest(weights, _settings(options), [source.name for source in sources]))
+        manifest = Manifest(weights, _settings(options), [source.name for source in sources])
+    if len(set(gather_objects([manifest.digest()]))) > 1:
+        raise DataError(f"data={options.data} or weights={weights['weights']} is not the same on all processes")
+    with _agreed(folder):  # nothing is written before all know what the folder is to hold
+        _claim(folder, manifest)
     with _agreed(folder):
-        own = list(enumerate(sources))[group_rank() :: group_size()]
-        tally = _embed_parts(model, options, folder, own, show)
+        parts = _look_at(folder, sources, manifest, options.sides)
+    with _agreed(folder):  # nor before all have looked which parts are there
+        tally = _embed_parts(model, options, folder, parts, show)
     total = _total(gather_objects([tally]))
-    if group_rank() == 0:
-        write_damages(folder / SKIPPED, total.bad)
+    with _agreed(folder):
+        if group_rank() == 0:
+            write_damages(folder / SKIPPED, total.bad)
     if not total.samples:
         raise DataError(f"none of the samples of data={options.data} can be used; the first: {total.bad[0].detail}")
     return total
@@ -153,31 +159,53 @@ def _settings(options: EmbedOptions) -> dict[str, Any]:
     return {"modality": list(options.sides), **{name: getattr(options, name) for name in names}}
 
 
+class _Place(NamedTuple):
+    """A part, what it is stamped with, and what is there of it: as `read_about` says."""
+
+    number: int
+    source: Source
+    stamp: str
+    found: tuple[int, list[Damage]] | None
+
+
+def _look_at(folder: Path, sources: Sequence[Source], manifest: Manifest, sides: Sequence[str]) -> list[_Place]:
+    places = []
+    for number, source in enumerate(sources):
+        stamp = f"{manifest.made_by()} {source.stamp()}"
+        places.append(_Place(number, source, stamp, read_about(folder, number, sides, stamp)))
+    return places
+
+
 def _embed_parts(
     model: LoadedModel,
     options: EmbedOptions,
     folder: Path,
-    own: Sequence[tuple[int, Source]],
+    parts: Sequence[_Place],
     show: Callable[[Progress], None],
 ) -> Tally:
-    stamps = {number: source.stamp() for number, source in own}
-    found = {number: read_about(folder, number, options.sides, stamp) for number, stamp in stamps.items()}
-    done = [about for about in found.values() if about]
-    missing = [(number, source) for number, source in own if not found[number]]
+    """Write this rank's share of the parts that are missing; the first rank counts those that are there."""
+    own = [place for place in parts if not place.found][group_rank() :: group_size()]
+    stamps = {place.number: place.stamp for place in own}
+    done = [place.found for place in parts if place.found] if group_rank() == 0 else []
     samples, bad = sum(count for count, _ in done), [damage for _, damages in done for damage in damages]
-    begin, new, finished = time.monotonic(), 0, len(done)
+    begin, new, finished = time.monotonic(), 0, 0
     part = _Part()
     with torch.no_grad(), model.autocast():
-        for (number, last), batch in _loaded(model, options, missing):
+        for (number, last), batch in _loaded(model, options, [(place.number, place.source) for place in own]):
             part.add(batch, model, options.sides)
             new += len(batch.rows)
             if last:
                 values = part.joined(options)
+                if not all(np.isfinite(side).all() for side in values.values()):
+                    raise DataError(
+                        f"the embeddings of part {number} are not numbers (NaN): the weights are damaged, or training"
+                        " has diverged"
+                    )
                 write_part(folder, number, stamps[number], values, part.rows, options.metadata, part.bad)
                 bad += part.bad
                 part, finished = _Part(), finished + 1
             show(Progress(finished, len(own), new, time.monotonic() - begin))
-    return Tally(samples + new, new, len(own), time.monotonic() - begin, bad)
+    return Tally(samples + new, new, len(done) + len(own), time.monotonic() - begin, bad)
 
 
 def _loaded(

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -12,9 +13,10 @@ from jaxtyping import Float
 
 from clip_train.embedding.manifest import Manifest
 from clip_train.embedding.options import MODALITIES
-from clip_train.embedding.part_files import embedding_path, metadata_path
-from clip_train.errors import DataError
+from clip_train.embedding.part_files import check_pyarrow, embedding_path, metadata_path
+from clip_train.errors import DataError, first_line
 
+_ROWS_AT_ONCE = 65_536
 _FILES_KEPT = 256  # open tables of metadata, and mapped embeddings of each side
 
 
@@ -45,12 +47,13 @@ class EmbeddingFolder:
         metadata = _numbered(metadata_path(path, 0))
         if not embeddings:
             raise DataError(f"embeddings={path} holds none (img_emb/*.npy, text_emb/*.npy): write them by clip-embed")
-        parts = {len(files) for files in (*embeddings.values(), metadata)}
+        parts = {tuple(_number(file) for file in files) for files in (*embeddings.values(), metadata)}
         if len(parts) > 1 or (manifest and len(metadata) != len(manifest.parts)):
             raise DataError(f"embeddings={path} is not complete: start clip-embed again")
+        check_pyarrow()
         counts = {tuple(len(_mapped(file)) for file in files) for files in embeddings.values()}
-        if len(counts) > 1:
-            raise DataError(f"embeddings={path}: its images and texts are not of the same samples")
+        if counts != {tuple(_num_rows(file) for file in metadata)}:
+            raise DataError(f"embeddings={path}: its images, texts and metadata are not of the same samples")
         return cls(path, manifest, embeddings, metadata, counts.pop())
 
     def __len__(self) -> int:
@@ -66,9 +69,11 @@ class EmbeddingFolder:
         return _mapped(self.embeddings[side][0]).shape[1]
 
     def blocks(self, side: str) -> Iterator[Float[np.ndarray, "rows width"]]:
-        """All embeddings of a side as fp32 unit vectors, part by part."""
+        """All embeddings of a side as fp32 unit vectors, in their order, some ten thousand at a time."""
         for path in self.embeddings[side]:
-            yield _unit(np.asarray(_mapped(path), dtype=np.float32))
+            part = _mapped(path)
+            for start in range(0, len(part), _ROWS_AT_ONCE):
+                yield _unit(np.asarray(part[start : start + _ROWS_AT_ONCE], dtype=np.float32))
 
     def vectors(self, side: str, numbers: np.ndarray) -> Float[np.ndarray, "rows width"]:
         """Some of a side as fp32 unit vectors."""
@@ -91,27 +96,62 @@ class EmbeddingFolder:
 
 def _numbered(like: Path) -> list[Path]:
     """The files of the same kind, by the number in their names, however many digits it has."""
-    files = like.parent.glob(f"*{like.suffix}")
-    return sorted(files, key=lambda file: ([int(number) for number in re.findall(r"\d+", file.stem)], file.name))
+    return sorted(like.parent.glob(f"*{like.suffix}"), key=lambda file: (_number(file), file.name))
+
+
+def _number(file: Path) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", file.stem))
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
-@lru_cache(_FILES_KEPT)
 def _mapped(path: Path) -> np.ndarray:
     try:
-        values = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+        values = _map(path, _version(path))
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if values.ndim != 2:
         raise DataError(f"{path} is no table of embeddings: its shape is {values.shape}")
     return values
 
 
-@lru_cache(_FILES_KEPT)
 def _table(path: Path) -> Any:
+    with _readable(path):
+        return _read_table(path, _version(path))
+
+
+def _num_rows(path: Path) -> int:
+    from pyarrow import parquet
+
+    with _readable(path):
+        return parquet.read_metadata(path).num_rows
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    from pyarrow import ArrowException
+
+    try:
+        yield
+    except (OSError, ArrowException) as error:
+        raise DataError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _version(path: Path) -> tuple[int, int]:
+    """Differs when the file has been written anew."""
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+@lru_cache(_FILES_KEPT)
+def _map(path: Path, version: tuple[int, int]) -> np.ndarray:
+    return np.load(path, mmap_mode="r")
+
+
+@lru_cache(_FILES_KEPT)
+def _read_table(path: Path, version: tuple[int, int]) -> Any:
     from pyarrow import parquet
 
     return parquet.read_table(path)

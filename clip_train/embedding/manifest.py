@@ -1,5 +1,6 @@
 """manifest.json: of which weights, which data and with which settings the embeddings in a folder are."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,14 @@ class Manifest:
     weights: Mapping[str, Any]
     settings: Mapping[str, Any]
     parts: Sequence[str]
+
+    def digest(self) -> str:
+        """Differs where anything but the place of the weights does."""
+        return _digest([self.made_by(), list(self.parts)])
+
+    def made_by(self) -> str:
+        """Differs where other weights or settings make other embeddings of the same data."""
+        return _digest([self.weights["sha256"], self.weights["model"], dict(self.settings)])
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":
@@ -56,3 +65,7 @@ class Manifest:
             write_atomic(folder / MANIFEST, json.dumps(asdict(self), indent=1).encode())
         except OSError as error:
             raise DataError(f"output={folder} cannot be written: {error.strerror or error}") from error
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -84,7 +84,7 @@ def read_about(folder: Path, number: int, sides: Sequence[str], stamp: str) -> t
         schema = parquet.read_schema(metadata_path(folder, number))
         about = json.loads((schema.metadata or {})[_ABOUT])
         counts = [len(np.load(embedding_path(folder, side, number), mmap_mode="r")) for side in sides]
-    except (OSError, ArrowException, KeyError, ValueError):
+    except (OSError, EOFError, ArrowException, KeyError, ValueError):
         return None
     if about["stamp"] != stamp or any(count != about["samples"] for count in counts):
         return None
@@ -95,7 +95,9 @@ def _table(rows: Sequence[Row], fields: Sequence[str]) -> Any:
     import pyarrow as pa
 
     types = {"offset": pa.int64(), "size": pa.int64()}
-    columns = {name: pa.array([row[name] for row in rows], types.get(name, pa.string())) for name in OWN_COLUMNS}
+    columns = {
+        name: pa.array([_clean(row[name]) for row in rows], types.get(name, pa.string())) for name in OWN_COLUMNS
+    }
     for name in fields:
         columns[name] = _column([row[name] for row in rows])
     return pa.table(columns)
@@ -114,10 +116,15 @@ def _column(values: list[Any]) -> Any:
     ):
         if kinds and kinds <= allowed:
             try:
-                return pa.array(values, kind)
+                return pa.array([_clean(value) for value in values], kind)
             except pa.ArrowException:  # a whole number of more than 64 bits
                 break
     if not kinds:
         return pa.nulls(len(values))
     texts = (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values)
-    return pa.array([None if value is None else text for value, text in zip(values, texts)], pa.string())
+    return pa.array([None if value is None else _clean(text) for value, text in zip(values, texts)], pa.string())
+
+
+def _clean(value: Any) -> Any:
+    """A text that Parquet can hold: half a surrogate pair, of JSON or a file's name, becomes a question mark."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value

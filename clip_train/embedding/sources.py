@@ -135,18 +135,27 @@ class PictureSource:
     def stamp(self) -> str:
         digest = hashlib.sha256()
         for path in self.paths:
-            try:
-                found = path.stat()
-            except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror}") from error
-            digest.update(f"{path} {found.st_size} {found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+            for file in (path, *(path.with_suffix(f".{extension}") for extension in self._beside)):
+                try:
+                    found = file.stat()
+                except FileNotFoundError as error:
+                    if file == path:
+                        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+                    continue
+                except OSError as error:
+                    raise DataError(f"{file} cannot be read: {error.strerror}") from error
+                digest.update(f"{file} {found.st_size} {found.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def tasks(self) -> list[Task]:
-        size = self.options.batch_size
-        extensions = self.options.captions.extensions + (("json",) if self.options.metadata else ())
+        size, beside = self.options.batch_size, self._beside
         starts = range(0, len(self.paths), size)
-        return [_PictureTask(self.folder, self.paths[start : start + size], extensions) for start in starts]
+        return [_PictureTask(self.folder, self.paths[start : start + size], beside) for start in starts]
+
+    @property
+    def _beside(self) -> tuple[str, ...]:
+        """Extensions of the files beside a picture that are read."""
+        return self.options.captions.extensions + (("json",) if self.options.metadata else ())
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Which samples a condition on their metadata leaves: SQL's WHERE, by DuckDB."""
 
+import threading
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +11,7 @@ from clip_train.errors import ConfigError, first_line
 
 _FILE = "clip_train_file"
 _CONDITIONS_KEPT = 16
+_LONGEST = 60  # seconds for a condition
 
 
 class MetadataFilter:
@@ -30,7 +32,7 @@ class MetadataFilter:
         self._folder = folder
         files = [str(path) for path in folder.metadata]
         self._starts = dict(zip(files, (folder.ends - np.asarray(folder.counts)).tolist()))
-        connection = duckdb.connect()
+        self._connection = connection = duckdb.connect()
         connection.execute("SET allowed_directories = $1", [[str(folder.metadata[0].parent)]])
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
@@ -43,10 +45,14 @@ class MetadataFilter:
         return self._kept(where)
 
     def _find(self, where: str) -> np.ndarray:
+        stop = threading.Timer(_LONGEST, self._connection.interrupt)
+        stop.start()
         try:
             found = self._rows.filter(where).project(f"{_FILE}, file_row_number").fetchnumpy()
-        except self._error as error:
+        except (self._error, ValueError) as error:  # ValueError: of half a surrogate pair
             raise ConfigError(f"where={where}: {first_line(error)}") from error
+        finally:
+            stop.cancel()
         allowed = np.zeros(len(self._folder), dtype=bool)
         for file in np.unique(found[_FILE].astype(str)):
             allowed[self._starts[file] + found["file_row_number"][found[_FILE] == file]] = True

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ _PER_LIST = 40  # samples per list that the lists are learned from
 _LEAST_PROBED = 16
 _LARGEST_CODE = 64  # bytes
 _LEAST_LEARNED = 20_000
-_ADDED_AT_ONCE = 65_536
 
 
 @dataclass(frozen=True)
@@ -67,20 +65,21 @@ def build_index(folder: EmbeddingFolder, side: str, options: IndexOptions) -> In
     """Build the index of a side and write it, whole or not at all.
 
     Raises:
-        DataError: it cannot be written, or there is nothing to index.
+        DataError: it cannot be written, there is nothing to index, or what there is has changed meanwhile.
         ConfigError: there are too few embeddings for the kind.
     """
     faiss = import_faiss()
     if not len(folder):
         raise DataError(f"embeddings={folder.path} has no samples")
-    kind = choose_kind(len(folder)) if options.kind == "auto" else options.kind
+    kind, before = choose_kind(len(folder)) if options.kind == "auto" else options.kind, _digest(folder, side)
     index = make_index(kind, folder.width(side), len(folder))
     if not index.is_trained:
         index.train(_training_sample(folder, side, _num_learned(len(folder)), options.seed))
     for block in folder.blocks(side):
-        for part in _cut(block):
-            index.add(part)
-    path, about = index_path(folder.path, side), IndexAbout(kind, len(folder), _digest(folder, side))
+        index.add(block)
+    if _digest(folder, side) != before:
+        raise DataError(f"embeddings={folder.path} have changed while they were indexed: start again")
+    path, about = index_path(folder.path, side), IndexAbout(kind, len(folder), before)
     try:
         _about_path(path).unlink(missing_ok=True)  # else it would speak for another index
         with whole_file(path) as file:
@@ -135,11 +134,12 @@ def make_index(kind: str, width: int, count: int) -> Any:
     return index
 
 
-def search_parameters(about: IndexAbout, wanted: int, allowed: np.ndarray | None) -> Any:
+def search_parameters(about: IndexAbout, wanted: int, allowed: np.ndarray | None, effort: int = 1) -> Any:
     """How thoroughly to search for so many neighbours.
 
     Args:
         allowed: for each embedding whether it may be found; None for all.
+        effort: how many times as much of the index to look through as usual.
     """
     faiss = import_faiss()
     selector = {}
@@ -148,8 +148,9 @@ def search_parameters(about: IndexAbout, wanted: int, allowed: np.ndarray | None
     if about.kind == "flat":
         return faiss.SearchParameters(**selector)
     if about.kind == "hnsw":
-        return faiss.SearchParametersHNSW(efSearch=max(128, wanted), **selector)
-    return faiss.SearchParametersIVF(nprobe=max(_LEAST_PROBED, _num_lists(about.count) // 32), **selector)
+        return faiss.SearchParametersHNSW(efSearch=max(128 * effort, wanted), **selector)
+    lists = _num_lists(about.count)
+    return faiss.SearchParametersIVF(nprobe=min(lists, effort * max(_LEAST_PROBED, lists // 32)), **selector)
 
 
 def import_faiss() -> Any:
@@ -173,11 +174,6 @@ def _num_learned(count: int) -> int:
 def _training_sample(folder: EmbeddingFolder, side: str, count: int, seed: int) -> np.ndarray:
     generator = np.random.Generator(np.random.PCG64(seed))
     return folder.vectors(side, np.sort(generator.choice(len(folder), count, replace=False)))
-
-
-def _cut(block: np.ndarray) -> Iterator[np.ndarray]:
-    for start in range(0, len(block), _ADDED_AT_ONCE):
-        yield block[start : start + _ADDED_AT_ONCE]
 
 
 def _digest(folder: EmbeddingFolder, side: str) -> str:

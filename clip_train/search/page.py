@@ -18,7 +18,11 @@ _LOCAL = ("127.0.0.1", "localhost")
 _LARGEST_UPLOAD = 1 << 25  # bytes
 _MOST_RESULTS = 200
 _THUMBNAIL = 320  # pixels
-_POLICY = "default-src 'self'; img-src 'self' blob: data:"  # to the browser: nothing from elsewhere
+_GUARDS = {  # to the browser: nothing from elsewhere, and nothing for pages from elsewhere
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "X-Content-Type-Options": "nosniff",
+}
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,9 @@ class PageOptions:
         port: 0 takes a free one.
         num_results: shown at first.
         deduplicate: as of `SearchOptions`.
+
+    Raises:
+        ConfigError: a value cannot be used.
     """
 
     host: str
@@ -37,14 +44,23 @@ class PageOptions:
     num_results: int
     deduplicate: float | None
 
+    def __post_init__(self) -> None:
+        SearchOptions(self.num_results, None, self.deduplicate)
+
 
 class SearchPage:
-    """What the page asks for. One search at a time, as the model and DuckDB want it."""
+    """What the page asks for. One search at a time, as the model and DuckDB want it.
+
+    Raises:
+        DataError: the folder has no samples, or no index and too many to do without.
+    """
 
     def __init__(self, folder: EmbeddingFolder, encoder: QueryEncoder, options: PageOptions) -> None:
         self.folder, self.options = folder, options
         self._encoder, self._lock = encoder, threading.Lock()
         self._searchers = {side: Searcher(folder, side) for side in folder.embeddings}
+        for searcher in self._searchers.values():
+            searcher.check_ready()
 
     def find(self, form: Any, picture: bytes) -> dict[str, Any]:
         """The hits of a form, as the page shows them. Raises ClipTrainError if they cannot be found."""
@@ -97,6 +113,14 @@ def make_app(page: SearchPage) -> Any:
     if page.options.host in _LOCAL:
         app.config["TRUSTED_HOSTS"] = list(_LOCAL)  # a site elsewhere must not get here under a name of its own
 
+    @app.before_request
+    def refuse_other_sites() -> None:
+        if flask.request.path != "/" and flask.request.headers.get("Sec-Fetch-Site", "none") not in (
+            "same-origin",
+            "none",
+        ):
+            flask.abort(403)
+
     @app.get("/")
     def show() -> str:
         columns = extra_columns(page.folder.rows([0])[0])
@@ -120,8 +144,7 @@ def make_app(page: SearchPage) -> Any:
 
     @app.after_request
     def guard(response: Any) -> Any:
-        response.headers["Content-Security-Policy"] = _POLICY
-        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers.update(_GUARDS)
         return response
 
     return app

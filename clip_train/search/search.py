@@ -9,11 +9,12 @@ import numpy as np
 from jaxtyping import Float
 
 from clip_train.embedding.folder import EmbeddingFolder
-from clip_train.errors import ConfigError
+from clip_train.errors import ConfigError, DataError
 from clip_train.search.filters import MetadataFilter
 from clip_train.search.index import IndexAbout, read_index, search_parameters
 
-_CANDIDATES = 256  # at least, to be scored exactly
+_CANDIDATES, _MOST_CANDIDATES = 256, 100_000  # to be scored exactly
+_MOST_EFFORT = 16  # times the usual one, before all samples are compared
 _EXACT_UP_TO = 20_000  # samples: to compare with all of them is fast
 
 
@@ -38,7 +39,8 @@ class SearchOptions:
     Attributes:
         num_results: at most so many.
         where: condition on the metadata; None for none.
-        deduplicate: leave out what has at least this cosine to a better hit; None leaves all in.
+        deduplicate: leave out what has at least this cosine to a better hit, among the nearest 100,000 at most; None
+            leaves all in.
 
     Raises:
         ConfigError: a value cannot be used.
@@ -77,6 +79,13 @@ class Searcher:
         """FAISS's, and what it is. Raises DataError."""
         return read_index(self.folder, self.side)
 
+    def check_ready(self) -> None:
+        """Raises DataError if there are no samples, or no index and too many to do without."""
+        if not len(self.folder):
+            raise DataError(f"embeddings={self.folder.path} has no samples")
+        if len(self.folder) > self.exact_up_to:
+            _ = self.index
+
     @cached_property
     def allowed(self) -> MetadataFilter:
         """For each sample whether it meets a condition. Raises ConfigError."""
@@ -111,19 +120,34 @@ class Searcher:
     def _candidates(
         self, vector: np.ndarray, wanted: int, allowed: np.ndarray | None
     ) -> Iterator[tuple[np.ndarray, bool]]:
-        """More and more of the samples that may be nearest, and whether these are all."""
+        """More and more of the samples that may be nearest, and whether these are as many as are looked at."""
         there = len(self.folder) if allowed is None else int(allowed.sum())
         if there <= self.exact_up_to:
             yield (np.arange(there) if allowed is None else np.flatnonzero(allowed)), True
             return
         index, about = self.index
-        count = max(_CANDIDATES, 4 * wanted)
-        while True:
-            count = min(count, there)
-            parameters = search_parameters(about, count, allowed)
+        count, effort = max(_CANDIDATES, 4 * wanted), 1
+        while count < there and effort <= _MOST_EFFORT:
+            parameters = search_parameters(about, count, allowed, effort)
             _, found = index.search(vector[None].astype(np.float32), count, params=parameters)
-            yield found[0][found[0] >= 0], count == there
-            count *= 4
+            if found[0][-1] >= 0:  # else what was looked through holds too few that are allowed
+                yield found[0], False
+                count *= 4
+            effort *= 4
+        yield self._nearest(vector, min(there, max(count, _MOST_CANDIDATES)), allowed), True
+
+    def _nearest(self, vector: np.ndarray, count: int, allowed: np.ndarray | None) -> np.ndarray:
+        """The nearest samples, found by comparing all."""
+        numbers, scores, start = np.empty(0, np.int64), np.empty(0, np.float32), 0
+        for block in self.folder.blocks(self.side):
+            own = np.arange(start, start + len(block))
+            start += len(block)
+            if allowed is not None:
+                block, own = block[allowed[own]], own[allowed[own]]
+            numbers, scores = np.concatenate([numbers, own]), np.concatenate([scores, block @ vector])
+            best = np.lexsort((numbers, -scores))[:count]
+            numbers, scores = numbers[best], scores[best]
+        return numbers
 
 
 def _distinct(vectors: Float[np.ndarray, "n width"], threshold: float, wanted: int) -> list[int]:
