@@ -49,7 +49,7 @@ def folder_classes(folder: Path, found: Mapping[str, Sequence[Path]]) -> ClassNa
 class ClassFolders:
     """Reads the pictures of class folders as one shard, in the order of their names.
 
-    A folder is the class of its name, if all folders have names of classes, and else that of its place among them.
+    A folder is the class of its name; where no folder has the name of a class, that of its place among them.
 
     Args:
         folder: of the class folders.
@@ -102,7 +102,7 @@ def _labels(folder: Path, names: Sequence[str], classes: ClassNames) -> dict[str
     labels = {name: label for name, label in by_name.items() if label is not None}
     if len(labels) == len(names) and len(numbers) == len(classes):  # ImageNet has two names twice
         return labels
-    if len(names) == len(classes):
+    if len(names) == len(classes) and (not labels or len(numbers) < len(classes)):
         return {name: label for label, name in enumerate(names)}
     unknown = next((name for name in names if name not in labels), names[0])
     raise DataError(

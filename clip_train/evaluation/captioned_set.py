@@ -16,7 +16,7 @@ from clip_train.data.pairs import PairReader
 from clip_train.distributed import gather_objects, gather_ragged, group_rank, group_size, raise_everywhere
 from clip_train.errors import DataError
 from clip_train.evaluation.labelled_set import data_address, eval_batches, shard_opener
-from clip_train.evaluation.loaded_model import LoadedModel
+from clip_train.evaluation.loaded_model import LoadedModel, check_numbers
 from clip_train.evaluation.long_text import embed_texts
 from clip_train.heartbeat import beat
 
@@ -93,6 +93,7 @@ def encode_images(loaded: LoadedModel, batches: EvalBatches, distinct_texts: boo
     raise_everywhere(error)
     captions = gather_objects(own)
     image = gather_ragged(torch.cat(vectors), rank_sizes(len(batches), group_size()))
+    check_numbers(image)
     texts, pairs = _number(captions, distinct_texts)
     return CaptionedImages(image, texts, pairs.to(loaded.device))
 
@@ -121,7 +122,9 @@ def encode_texts(
             batch_size=loaded.batch_size,
             device=loaded.device,
         )
-    return gather_ragged(vectors.view(len(own), loaded.model.embed_dim), sizes)
+    text = gather_ragged(vectors.view(len(own), loaded.model.embed_dim), sizes)
+    check_numbers(text)
+    return text
 
 
 def _number(captions: Sequence[Sequence[str]], distinct: bool) -> tuple[list[str], Int64[Tensor, "pairs 2"]]:

@@ -15,11 +15,11 @@ from clip_train.data.class_names import ClassNames
 from clip_train.data.eval_batches import EvalBatches, rank_sizes
 from clip_train.data.files import user_cache
 from clip_train.distributed import gather_ragged, group_rank, group_size
-from clip_train.errors import ConfigError
+from clip_train.errors import ConfigError, DataError
 from clip_train.evaluation.classification import Predictions
 from clip_train.evaluation.feature_cache import compute_features, features_key, open_features
 from clip_train.evaluation.labelled_set import LabelledSet, data_address, open_labelled_set
-from clip_train.evaluation.loaded_model import LoadedModel
+from clip_train.evaluation.loaded_model import LoadedModel, check_numbers
 from clip_train.evaluation.zero_shot import set_classes
 from clip_train.models.linear_probe import FEATURES, image_features
 from clip_train.typed_config import typed
@@ -116,7 +116,11 @@ def _samples(loaded: LoadedModel, cfg: DictConfig, pictures: EvalBatches, featur
         device=loaded.device,
     )
     table = open_features(folder, len(pictures))
-    return Samples(np.concatenate(table.chunks), table.labels)
+    if table.bad:  # a run that may leave samples out has computed them
+        raise DataError(f"{len(table.bad)} samples cannot be used: {next(iter(table.bad.values())).reason}")
+    samples = Samples(np.concatenate(table.chunks), table.labels)
+    check_numbers(torch.from_numpy(samples.features))
+    return samples
 
 
 def judged(

@@ -22,7 +22,7 @@ from clip_train.evaluation.logistic_regression import (
     validation_split,
     with_ones,
 )
-from clip_train.evaluation.results import Results
+from clip_train.evaluation.results import Results, writing_into
 from clip_train.evaluation.zero_shot_task import accuracy
 from clip_train.typed_config import typed
 
@@ -63,7 +63,7 @@ def linear_probe(loaded: LoadedModel, cfg: DictConfig) -> Results:
     """
     options = typed(ProbeOptions, cfg.task, "task")
     probe = open_probe(loaded, cfg)
-    train, metrics = probe.train, {}
+    train, metrics, tried = probe.train, {}, {}
 
     def fit(rows: np.ndarray, C: float) -> Tensor:
         own = train.take(rows[group_rank() :: group_size()], loaded.device)
@@ -76,9 +76,6 @@ def linear_probe(loaded: LoadedModel, cfg: DictConfig) -> Results:
             raise ConfigError(f"task.validation_share={options.validation_share}: that is not one image of any class")
         C, tried = choose_strength(lambda C: _accuracy(train, held_out, fit(learned, C), loaded.device))
         metrics = {"validation_acc1": tried[C]}
-        if group_rank() == 0:
-            content = [{"C": strength, "validation_acc1": score} for strength, score in tried.items()]
-            write_atomic(Path(str(cfg.output)) / "regularisation.json", json.dumps(content, indent=2).encode())
     head = fit(np.arange(len(train.labels)), C)
     features, labels = probe.test.take_share(loaded.device)
     said = []
@@ -86,6 +83,10 @@ def linear_probe(loaded: LoadedModel, cfg: DictConfig) -> Results:
         scores, own = with_ones(features[start : start + _ROWS]) @ head.T, labels[start : start + _ROWS]
         said.append(judged(scores.softmax(1), own, rank_of_label(scores, own)))
     found = accuracy(gather_predictions(said, len(probe.test.labels), loaded.device), probe.num_classes)
+    if tried and group_rank() == 0:
+        content = [{"C": strength, "validation_acc1": score} for strength, score in tried.items()]
+        with writing_into(Path(str(cfg.output))) as folder:
+            write_atomic(folder / "regularisation.json", json.dumps(content, indent=2).encode())
     return Results(probe.name, "linear_probe", {**{f"lp_{k}": v for k, v in found.items()}, "C": C, **metrics})
 
 

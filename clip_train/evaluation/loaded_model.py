@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from clip_train.data.tokenizer_choice import CaptionTokenizer, choose_tokenizer
-from clip_train.errors import ConfigError
+from clip_train.errors import ConfigError, DataError
 from clip_train.interop.model_source import ModelSource
 from clip_train.models import DualEncoder
 from clip_train.models.text_config import TextConfig
@@ -70,3 +70,11 @@ def load_model(
         model.vision.compile()
         model.text.compile()
     return LoadedModel(source, tokenizer, device, precision, batch_size, num_workers)
+
+
+def check_numbers(values: torch.Tensor) -> None:
+    """Raises DataError if embeddings, or what was computed of them, are not numbers: for values that all ranks have."""
+    if not values.isfinite().all():
+        raise DataError(
+            "the model's embeddings are not numbers (NaN): its weights are damaged, or training has diverged"
+        )

@@ -17,7 +17,7 @@ from clip_train.errors import ConfigError
 from clip_train.evaluation.frozen_features import Samples, open_probe
 from clip_train.evaluation.loaded_model import LoadedModel
 from clip_train.evaluation.moderation import Threshold, calibrate_thresholds, moderation_report
-from clip_train.evaluation.results import Results
+from clip_train.evaluation.results import Results, writing_into
 from clip_train.evaluation.zero_shot import class_embeddings
 from clip_train.typed_config import typed
 
@@ -47,6 +47,8 @@ def moderation(loaded: LoadedModel, cfg: DictConfig) -> Results:
         DataError: a set cannot be read.
     """
     options = typed(ModerationOptions, cfg.task, "task")
+    if cfg.task.features != "embedding":
+        raise ConfigError(f"task.features={cfg.task.features}: prompts are compared with features=embedding")
     probe = open_probe(loaded, cfg)
     with loaded.autocast():
         prompts = class_embeddings(
@@ -60,7 +62,8 @@ def moderation(loaded: LoadedModel, cfg: DictConfig) -> Results:
     found = moderation_report(*_scored(probe.test, prompts), [threshold.value for threshold in thresholds])
     if group_rank() == 0:
         content = {name: _finite(threshold) for name, threshold in zip(probe.classes.names, thresholds)}
-        write_atomic(Path(str(cfg.output)) / "thresholds.json", json.dumps(content, indent=2).encode())
+        with writing_into(Path(str(cfg.output))) as folder:
+            write_atomic(folder / "thresholds.json", json.dumps(content, indent=2).encode())
     variants = {name: _finite(of_category) for name, of_category in zip(probe.classes.names, found)}
     metrics = {
         key: fmean(values)

@@ -12,7 +12,7 @@ from clip_train.data.class_names import ClassNames
 from clip_train.data.eval_batches import EvalBatches
 from clip_train.data.files import write_atomic
 from clip_train.distributed import group_rank
-from clip_train.errors import ConfigError, DataError
+from clip_train.errors import ConfigError
 from clip_train.evaluation.calibration import calibrate
 from clip_train.evaluation.classification import (
     Classify,
@@ -23,7 +23,7 @@ from clip_train.evaluation.classification import (
     confusion_matrix,
 )
 from clip_train.evaluation.labelled_set import LabelledSet, open_labelled_set
-from clip_train.evaluation.loaded_model import LoadedModel
+from clip_train.evaluation.loaded_model import LoadedModel, check_numbers
 from clip_train.evaluation.results import Results, writing_into
 from clip_train.evaluation.zero_shot import make_classifier, make_probability_classifier, set_classes
 from clip_train.typed_config import typed
@@ -96,10 +96,7 @@ def classify(loaded: LoadedModel, batches: EvalBatches, classifier: tuple[Classi
         device=loaded.device,
         logit_scale=logit_scale,
     )
-    if predictions.confidence.isnan().any():
-        raise DataError(
-            "the model's embeddings are not numbers (NaN): its weights are damaged, or training has diverged"
-        )
+    check_numbers(predictions.confidence)
     return predictions
 
 

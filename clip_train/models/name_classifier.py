@@ -2,7 +2,7 @@
 
 import torch
 from jaxtyping import Float, Int64, UInt8
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from clip_train.data.class_names import ClassNames
@@ -51,29 +51,27 @@ class NameClassifier(DualEncoder):
         return losses_and_hits(scores, labels)
 
     def _class_embeddings(self, device: torch.device) -> Float[Tensor, "classes embed"]:
-        """The mean over the templates, as a unit vector; encoded once if nothing of it learns."""
-        if _learns(self.text) or _learns(self.text_adapter):
-            return self._means([self.encode_text(self._ids(range(len(self.classes)), device))])
+        """The mean over the templates, as a unit vector."""
+        per_caption = self.unit_text(self._features(device)).unflatten(0, (len(self.classes), self._captions_per_class))
+        return F.normalize(per_caption.mean(dim=1), dim=-1)
+
+    def _features(self, device: torch.device) -> Float[Tensor, "captions embed"]:
+        """The text tower's, of all captions; encoded once if nothing of it learns."""
+        if any(parameter.requires_grad for parameter in self.text.parameters()):
+            return self.text(self._ids(range(len(self.classes)), device))
         if self._lasting is None:
             at_once = max(1, _CAPTIONS_AT_ONCE // self._captions_per_class)
             labels = range(len(self.classes))
             with torch.no_grad():
-                parts = [self._ids(labels[start:][:at_once], device) for start in labels[::at_once]]
-                self._lasting = self._means([self._encode(ids) for ids in parts])
+                self._lasting = torch.cat(
+                    [self._encode(self._ids(labels[start:][:at_once], device)) for start in labels[::at_once]]
+                )
         return self._lasting
 
     def _encode(self, ids: Int64[Tensor, "captions length"]) -> Float[Tensor, "captions embed"]:
         beat()
-        return self.encode_text(ids)
-
-    def _means(self, encoded: list[Tensor]) -> Float[Tensor, "classes embed"]:
-        per_caption = torch.cat(encoded).unflatten(0, (len(self.classes), self._captions_per_class))
-        return F.normalize(per_caption.mean(dim=1), dim=-1)
+        return self.text(ids)
 
     def _ids(self, labels: range, device: torch.device) -> Int64[Tensor, "captions length"]:
         captions = [caption for label in labels for caption in self.classes.captions(label)]
         return torch.from_numpy(self.tokenizer(captions)).to(device)
-
-
-def _learns(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())

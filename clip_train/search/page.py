@@ -115,10 +115,8 @@ def make_app(page: SearchPage) -> Any:
 
     @app.before_request
     def refuse_other_sites() -> None:
-        if flask.request.path != "/" and flask.request.headers.get("Sec-Fetch-Site", "none") not in (
-            "same-origin",
-            "none",
-        ):
+        site = flask.request.headers.get("Sec-Fetch-Site", "none")
+        if flask.request.path != "/" and site not in ("same-origin", "none"):
             flask.abort(403)
 
     @app.get("/")

@@ -127,7 +127,7 @@ def _report(folder: RunFolder) -> None:
 
     try:
         log.info("wrote %s", write_report(folder.path))
-    except DataError as error:  # a full disk does not undo the run
+    except (DataError, OSError, ValueError, MemoryError) as error:  # a picture page does not undo the run
         log.error("NO REPORT: %s", error)
 
 

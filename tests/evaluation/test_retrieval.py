@@ -122,8 +122,13 @@ def test_the_same_on_any_number_of_ranks():
 
 
 def both() -> list[tuple[dict[str, float], list[list[int]]]]:
-    """Of more and of fewer images than there are ranks."""
-    ranks_module._TILE["cpu"] = (7, 10)
+    """Of more and of fewer images than there are ranks, in small tiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ranks_module._TILE, "cpu", (7, 10))
+        return small_sets()
+
+
+def small_sets() -> list[tuple[dict[str, float], list[list[int]]]]:
     return [
         (retrieval_metrics(random_features(n), 14.0), [ranks.tolist() for ranks in retrieval_ranks(*captioned(n))])
         for n in (57, 2)

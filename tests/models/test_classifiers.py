@@ -191,7 +191,8 @@ def test_names_classify_by_the_mean_of_their_captions():
 
 
 def test_names_are_encoded_once_unless_their_tower_learns():
-    for settings, encoded in ((ADAPTER, 1), ({**LORA, "target_modules": {"text": None}}, 2)):
+    both = ADAPTER | {"towers": ["image", "text"]}
+    for settings, encoded in ((ADAPTER, 1), (both, 1), ({**LORA, "target_modules": {"text": None}}, 2)):
         model = NameClassifier(adapted(**settings), NAMES, TASK.tokenizer)
         calls: list = []
         model.text.register_forward_pre_hook(lambda *call, calls=calls: calls.append(call))

@@ -69,6 +69,16 @@ def test_conditions_on_the_metadata(searcher, vectors):
     assert searcher.search(QUERIES[0], SearchOptions(5, where="price < 0")) == []
 
 
+def test_a_condition_that_few_near_ones_meet_finds_as_many_as_there_are(searcher, vectors):
+    asking_the_index = dataclasses.replace(searcher, exact_up_to=10)
+    allowed = (np.arange(COUNT) % 7 != 0) & (np.arange(COUNT) < 400)
+    for query in QUERIES[:5]:
+        hits = [hit.number for hit in asking_the_index.search(query, SearchOptions(300, where="price < 400"))]
+        assert hits == nearest(vectors, query, allowed, 300)
+        hits = [hit.number for hit in asking_the_index.search(query, SearchOptions(10, where="price < 400"))]
+        assert len(set(hits) & set(nearest(vectors, query, allowed, 10))) >= 9
+
+
 def test_conditions_reach_nothing_but_the_metadata(folder, tmp_path):
     searcher = Searcher(folder, IMAGE)
     (tmp_path / "secret").write_text("secret")
@@ -93,6 +103,8 @@ def test_near_copies_are_left_out_until_enough_are_found(tmp_path):
     assert all(hit.number < 501 for hit in searcher.search(query, SearchOptions(10)))
     hits = searcher.search(query, SearchOptions(10, deduplicate=0.99))
     assert len(hits) == 10
+    build_index(folder, IMAGE, IndexOptions("flat", 0))
+    assert Searcher(folder, IMAGE, exact_up_to=100).search(query, SearchOptions(10, deduplicate=0.99)) == hits
     found = folder.vectors(IMAGE, np.array([hit.number for hit in hits]))
     cosines = found @ found.T - np.eye(10)
     assert cosines.max() < 0.99
@@ -108,6 +120,7 @@ def test_an_index_of_other_embeddings_or_half_an_index_is_refused(tmp_path):
     make_folder(tmp_path, unit_vectors(30, WIDTH, seed=5))
     with pytest.raises(DataError, match="is of other embeddings than there are now"):
         read_index(folder, IMAGE)
+    assert np.allclose(next(folder.blocks(IMAGE))[:10], unit_vectors(30, WIDTH, seed=5)[:10], atol=1e-6)
     build_index(folder, IMAGE, IndexOptions("auto", 0))
     path = index_path(tmp_path, IMAGE)
     path.write_bytes(path.read_bytes()[:100])
