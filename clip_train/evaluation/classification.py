@@ -13,6 +13,7 @@ from clip_train.data.loader import make_loader
 from clip_train.distributed import gather_ragged, group_rank, group_size, raise_everywhere
 from clip_train.heartbeat import beat
 
+MOST_CONFUSED = 2000  # classes that a confusion matrix is drawn and written of
 METRICS = ("top1", "top5", "mean_per_class_recall")
 
 Classify = Callable[[Tensor], Tensor]

@@ -44,12 +44,12 @@ def features_key(
         "tower": weights_checksum(tower),
         "layers": repr(model.vision),  # activations and pooling, which have no weights
         "features": features,
-        "shards": describe_shards(pictures.reader),
+        "shards": {key: value for key, value in describe_shards(pictures.reader).items() if key != "classes_sha256"},
         "files": [_version(name) for name in pictures.reader.shard_names],
         "image_key": image_key,
         "pictures": [pictures.image_size, pictures.resize_mode, pictures.interpolation, pictures.max_image_pixels],
         "pixels": [model.image_mean.flatten().tolist(), model.image_std.flatten().tolist()],
-        "classes": [len(classes or ()) for classes in pictures.reader.classes],
+        "classes": [classes.names if classes else () for classes in pictures.reader.classes],  # not their captions
         "precision": precision,
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
@@ -82,14 +82,13 @@ def compute_features(
         DataError: on every rank, if a shard cannot be read or a file not be written.
     """
     parts = chunk_parts(len(pictures))
-    missing = [number for number in range(len(parts)) if not chunk_paths(folder, number)[1].exists()]
-    raise_everywhere("")  # all have looked before any writes
-    if missing:
+    shared = range(group_rank(), len(parts), group_size())  # whatever ranks see there, each file has its rank
+    own = [number for number in shared if not chunk_paths(folder, number)[1].exists()]
+    if own:
         log.info("computing the features of %d samples, once, to %s", len(pictures), folder)
     error = ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        own = missing[group_rank() :: group_size()]
         slices = [parts[n][start : start + batch_size] for n in own for start in range(0, len(parts[n]), batch_size)]
         batches = iter(make_loader(pictures, slices, num_workers) if slices else ())
         for number in own:

@@ -132,7 +132,7 @@ class Validation(Callback):
             top1, top5 = scores["top1"], scores["top5"]
             said = f"{name}: top-1 {top1:.1%}, top-5 {top5:.1%} of {len(batches)} pictures"
             log.info("%s", said)
-            if final:
+            if final and len(classes) <= classification.MOST_CONFUSED:
                 self._draw(trainer, f"confusion_{name}.png", partial(_draw_confusion, said, predictions, classes))
 
     def _draw(self, trainer: L.Trainer, name: str, draw: Callable[[Path], None]) -> None:
