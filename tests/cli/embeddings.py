@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -20,6 +21,7 @@ def call(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["program", *map(str, arguments)])
         patch.setenv("COLUMNS", "200")
+        patch.setattr(logging.getLogger("clip_train"), "handlers", [])  # of another program's test in this process
         with pytest.raises(SystemExit) as exit:
             main()
     assert isinstance(exit.value.code, int)
