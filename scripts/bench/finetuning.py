@@ -41,17 +41,17 @@ FASHION_MOST, FASHION_LEAST = {"train": 80, "val": 30}, 40  # pictures of a clas
 TEMPLATES = ["a photo of {}.", "a picture of {}.", "{}."]
 
 NOTES = """
-The base is the model of the demo at 48 pixels, pretrained on 6,000 everyday photos (Flickr8k) for 14 epochs: it knows little
-of either set. `fashion`: product photos of 60 x 80 pixels, 20 subcategories, at most 80 of each to learn from (1,509) and
-30 to be asked about (401), 6 epochs of batches of 64. `grocery`: 81 products, seven photos of each to learn from (567) and
-three to be asked about, 20 epochs. Each method has one rate, which was not searched for; some would do better with more
-steps. `top-1` and `per class`, the mean recall over the classes, are of the same pictures.
+The base is the model of the demo at 48 pixels, pretrained on 6,000 everyday photos (Flickr8k) for 14 epochs: it knows
+little of either set. `fashion`: product photos of 60 x 80 pixels, 20 subcategories, at most 80 of each to learn from
+(1,509) and 30 to be asked about (401), 6 epochs of batches of 64. `grocery`: 81 products, seven photos of each to
+learn from (567) and three to be asked about, 20 epochs. Each method has one rate, which was not searched for; some
+would do better with more steps. `top-1` and `per class`, the mean recall over the classes, are of the same pictures.
 
-`classify` is `finetune.classify=true`, cross-entropy over the names of the classes; `prompt` and `linear_probe` always learn
-so. `lit`, `lora` and `flyp` without it learn from pairs of a picture and its class's caption. `flyp, distilled` learns from
-the run `full (classify)`, too. What learns more weights does better here, as the base knows little of either set, and a
-linear head on its features does nearly as well on the set that has more pictures: which is best with a strong base is for
-you to measure.
+`classify` is `finetune.classify=true`, cross-entropy over the names of the classes; `prompt` and `linear_probe`
+always learn so. `lit`, `lora` and `flyp` without it learn from pairs of a picture and its class's caption. `flyp,
+distilled` learns from the run `full (classify)`, too. What learns more weights does better here, as the base knows
+little of either set, and a linear head on its features does nearly as well on the set that has more pictures: which
+is best with a strong base is for you to measure.
 
 `ms per step` is the median of a run of 16 steps on fashion, `peak MB` the most memory of its process, libraries
 included (some 800). A checkpoint's weights are meant, without the optimizer's state.
