@@ -53,8 +53,9 @@ distilled` learns from the run `full (classify)`, too. What learns more weights 
 little of either set, and a linear head on its features does nearly as well on the set that has more pictures: which
 is best with a strong base is for you to measure.
 
-`ms per step` is the median of a run of 16 steps on fashion, `peak MB` the most memory of its process, libraries
-included (some 800). A checkpoint's weights are meant, without the optimizer's state.
+`cocoop` encodes every class for every picture, which takes too long here with 81 classes. `ms per step` is the median
+of a run of 16 steps on fashion, `peak MB` the most memory of its process, libraries included (some 800). A
+checkpoint's weights are meant, without the optimizer's state.
 """
 
 
@@ -64,10 +65,12 @@ class Method(NamedTuple):
     Attributes:
         name: for people.
         settings: overrides of `clip-train`.
+        without: a set that it would take too long on.
     """
 
     name: str
     settings: list[str]
+    without: str = ""
 
 
 CLASSES = "data.caption_key=cls"
@@ -77,7 +80,7 @@ METHODS = [
     Method("adapter (classify)", ["finetune=adapter", *BY_NAMES, "optim.lr=1e-2"]),
     Method("prompt (CoOp)", ["finetune=prompt", "finetune.n_ctx=4", "optim.lr=1e-2"]),
     Method("prompt (CoOp, per class)", ["finetune=prompt", "finetune.n_ctx=4", "finetune.csc=true", "optim.lr=1e-2"]),
-    Method("cocoop", ["finetune=cocoop", "optim.lr=1e-2"]),
+    Method("cocoop", ["finetune=cocoop", "optim.lr=1e-2"], without="grocery"),
     Method("linear_probe", ["finetune=linear_probe", "optim.lr=1e-1"]),
     Method("lit (image tower locked)", ["finetune=lit", CLASSES, "optim.lr=1e-3"]),
     Method("lora", ["finetune=lora", CLASSES, "optim.lr=3e-3"]),
@@ -190,6 +193,8 @@ def measure(method: Method, base: Path, sets: dict[str, Path], work: Path) -> li
 
 
 def accuracy(method: Method, base: Path, name: str, folder: Path, work: Path) -> list[str]:
+    if name == method.without:
+        return ["", ""]
     run = run_name(name, method)
     length = "max_steps=1" if method.name == "none" else f"max_epochs={EPOCHS[name]}"
     train(work, run, [*settings(method, base, name, folder), length])
