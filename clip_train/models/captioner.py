@@ -40,7 +40,7 @@ class Captioner(DualEncoder):
         return self.unit_image(self.vision(self.normalised(pixels))[0])
 
     def encode_text(self, ids: Int64[Tensor, "b context"]) -> Float[Tensor, "b embed"]:
-        return self.unit_text(self.text(ids)[0])
+        return self.unit_text(self.text(self.ids_on_device(ids))[0])
 
     def encode_image_tokens(self, pixels: Pixels) -> Float[Tensor, "b tokens embed"]:
         """What the decoder looks at."""

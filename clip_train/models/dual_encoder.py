@@ -13,6 +13,7 @@ from clip_train.errors import ConfigError
 from clip_train.models.hf_text import HFTextTower
 from clip_train.models.siglip_text import SiglipTextTower
 from clip_train.models.text_config import CLIP, SIGLIP, TextConfig
+from clip_train.models.text_lengths import TokenIds, on_device
 from clip_train.models.text_tower import TextTower
 from clip_train.models.vision_tower import VisionTower
 
@@ -79,9 +80,13 @@ class DualEncoder(nn.Module):
             return (pixels.to(self.image_mean.dtype) - self.image_mean) / self.image_std
         return pixels
 
-    def encode_text(self, ids: Int64[Tensor, "b context"]) -> Float[Tensor, "b embed"]:
-        """Unit vectors."""
-        return self.unit_text(self.text(ids))
+    def encode_text(self, ids: Int64[Tensor, "b context"] | TokenIds) -> Float[Tensor, "b embed"]:
+        """Unit vectors. Ids that are on the host, wherever the model is, take only the time that their lengths need."""
+        return self.unit_text(self.text(self.ids_on_device(ids)))
+
+    def ids_on_device(self, ids: Int64[Tensor, "b context"] | TokenIds) -> Tensor | TokenIds:
+        """What the text tower takes."""
+        return on_device(ids, self.text, self.logit_scale.device)
 
     def unit_image(self, features: Float[Tensor, "b embed"]) -> Float[Tensor, "b embed"]:
         """What is compared with texts, of the image tower's features."""
@@ -92,7 +97,7 @@ class DualEncoder(nn.Module):
         return F.normalize(self.text_adapter(features).float(), dim=-1)
 
     def forward(
-        self, pixels: UInt8[Tensor, "b 3 height width"], ids: Int64[Tensor, "b context"]
+        self, pixels: UInt8[Tensor, "b 3 height width"], ids: Int64[Tensor, "b context"] | TokenIds
     ) -> tuple[Float[Tensor, "b embed"], Float[Tensor, "b embed"]]:
         """Embeddings of images and texts."""
         return self.encode_image(pixels), self.encode_text(ids)
@@ -202,9 +207,11 @@ def _text_tower(text: TextConfig, embed_dim: int, quick_gelu: bool) -> AnyTextTo
             proj=text.proj,
             proj_bias=text.proj_bias,
             options=text.options,
+            length_multiple=text.length_multiple,
         )
     size = {"width": text.width, "layers": text.layers, "heads": text.heads, "mlp_ratio": text.mlp_ratio}
     size["vocab_size"] = text.vocab_size or VOCAB_SIZE
     if text.name == SIGLIP:
         return SiglipTextTower(**length, **size, hidden_act=text.hidden_act)
-    return TextTower(**length, **size, quick_gelu=quick_gelu, proj=text.proj, proj_bias=text.proj_bias)
+    projection = {"proj": text.proj, "proj_bias": text.proj_bias}
+    return TextTower(**length, **size, **projection, quick_gelu=quick_gelu, length_multiple=text.length_multiple)

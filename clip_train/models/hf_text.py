@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PretrainedConfig
 from clip_train.errors import ConfigError, first_line
 from clip_train.hub import heed_network
 from clip_train.models.projection import make_projection
+from clip_train.models.text_lengths import TokenIds, encode_by_length
 from clip_train.models.text_tower import checkpoint_blocks
 
 POOLS = ("cls", "mean", "last")
@@ -20,6 +22,8 @@ T = TypeVar("T")
 
 class HFTextTower(nn.Module):
     """Token ids to unnormalised embeddings; padding is left out of attention.
+
+    So texts go through in groups of similar length (`text_lengths.py`), where lengths are known and padding is last.
 
     Args:
         name: of a model on the hub, a folder, or a type of transformers such as `bert`, whose config class has the
@@ -30,10 +34,14 @@ class HFTextTower(nn.Module):
         pool: the feature of the first token (`cls`), of the last (`last`), or their mean without the padding (`mean`).
         proj, proj_bias: `linear`, `mlp` or `none`, and whether its last layer has a bias.
         options: entries of the encoder's config.
+        length_multiple: of so many tokens the groups are; None for all texts at the full length.
 
     Raises:
         ConfigError: the encoder is unknown, or not here and cannot be downloaded; it takes shorter texts; it does not
             say which id is padding; or the pooling or projection cannot be made.
+
+    Attributes:
+        one_group: all texts of a batch at the length of its longest.
     """
 
     end_id: int | None = None
@@ -48,8 +56,10 @@ class HFTextTower(nn.Module):
         proj: str = "linear",
         proj_bias: bool = False,
         options: Mapping[str, Any] | None = None,
+        length_multiple: int | None = None,
     ) -> None:
         super().__init__()
+        self.length_multiple, self.one_group = length_multiple, False
         if pool not in POOLS:
             raise ConfigError(f"model.text.pool={pool} is none of {', '.join(POOLS)}")
         config = _read_config(name, dict(options or {}))
@@ -66,7 +76,15 @@ class HFTextTower(nn.Module):
             proj, width, embed_dim, "model.text", mlp_width=(width + embed_dim) // 2, mlp_bias=False, bias=proj_bias
         )
 
-    def forward(self, ids: Int64[Tensor, "b context"]) -> Float[Tensor, "b embed"]:
+    def forward(self, ids: Int64[Tensor, "b context"] | TokenIds) -> Float[Tensor, "b embed"]:
+        return encode_by_length(self._encode, ids, self.length_multiple, self.measure, self.one_group)
+
+    def measure(self, ids: Int64[Tensor, "b context"]) -> Int64[np.ndarray, " b"]:
+        """Tokens of each text up to the last that is no padding, of ids on the host."""
+        kept = (ids != self.pad_id).numpy()
+        return ids.shape[1] - kept[:, ::-1].argmax(axis=1)
+
+    def _encode(self, ids: Int64[Tensor, "some length"]) -> Float[Tensor, "some embed"]:
         kept = ids != self.pad_id
         states = self.trunk(input_ids=ids, attention_mask=kept.long()).last_hidden_state
         return self.projection(pool_states(states, kept, self.pool))

@@ -11,6 +11,7 @@ from clip_train.heartbeat import beat
 from clip_train.models.dual_encoder import DualEncoder
 from clip_train.models.linear_probe import losses_and_hits
 from clip_train.models.prompt_learner import cosines
+from clip_train.models.text_lengths import TokenIds
 
 _CAPTIONS_AT_ONCE = 2048  # where nothing is kept for backward
 
@@ -47,31 +48,31 @@ class NameClassifier(DualEncoder):
         self, pixels: UInt8[Tensor, "b 3 height width"], labels: Int64[Tensor, " b"]
     ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
         """The cross-entropy of each sample over the classes, and whether its class scores highest."""
-        scores = self.logit_scale.exp() * cosines(self.encode_image(pixels), self._class_embeddings(pixels.device))
+        scores = self.logit_scale.exp() * cosines(self.encode_image(pixels), self._class_embeddings())
         return losses_and_hits(scores, labels)
 
-    def _class_embeddings(self, device: torch.device) -> Float[Tensor, "classes embed"]:
+    def _class_embeddings(self) -> Float[Tensor, "classes embed"]:
         """The mean over the templates, as a unit vector."""
-        per_caption = self.unit_text(self._features(device)).unflatten(0, (len(self.classes), self._captions_per_class))
+        per_caption = self.unit_text(self._features()).unflatten(0, (len(self.classes), self._captions_per_class))
         return F.normalize(per_caption.mean(dim=1), dim=-1)
 
-    def _features(self, device: torch.device) -> Float[Tensor, "captions embed"]:
+    def _features(self) -> Float[Tensor, "captions embed"]:
         """The text tower's, of all captions; encoded once if nothing of it learns."""
         if any(parameter.requires_grad for parameter in self.text.parameters()):
-            return self.text(self._ids(range(len(self.classes)), device))
+            return self.text(self._ids(range(len(self.classes))))
         if self._lasting is None:
             at_once = max(1, _CAPTIONS_AT_ONCE // self._captions_per_class)
             labels = range(len(self.classes))
             with torch.no_grad():
                 self._lasting = torch.cat(
-                    [self._encode(self._ids(labels[start:][:at_once], device)) for start in labels[::at_once]]
+                    [self._encode(self._ids(labels[start:][:at_once])) for start in labels[::at_once]]
                 )
         return self._lasting
 
-    def _encode(self, ids: Int64[Tensor, "captions length"]) -> Float[Tensor, "captions embed"]:
+    def _encode(self, ids: Tensor | TokenIds) -> Float[Tensor, "captions embed"]:
         beat()
         return self.text(ids)
 
-    def _ids(self, labels: range, device: torch.device) -> Int64[Tensor, "captions length"]:
+    def _ids(self, labels: range) -> Tensor | TokenIds:
         captions = [caption for label in labels for caption in self.classes.captions(label)]
-        return torch.from_numpy(self.tokenizer(captions)).to(device)
+        return self.ids_on_device(torch.from_numpy(self.tokenizer(captions)))

@@ -45,6 +45,7 @@ class PromptLearner(DualEncoder):
     batch_keys = ("image", "label")
     closed_towers = ("vision",)  # the context is put into the text tower
     class_ids: Tensor
+    text: TextTower
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class PromptLearner(DualEncoder):
                 f"finetune.n_ctx={n_ctx} is not from 1 to {tokenizer.context_length - 3}, which leaves room for a name"
                 f" in model.text.context_length={tokenizer.context_length}"
             )
+        self.text.one_group = True  # each text has its row of context
         self.own_classes_only = csc
         self.classes, self.tokenizer, self.n_ctx = classes, tokenizer, n_ctx
         words = self.text.trunk.get_input_embeddings()
@@ -124,8 +126,9 @@ class PromptLearner(DualEncoder):
             return self.encode_text(ids)
 
     def _prompt_ids(self, names: Sequence[str]) -> Int64[Tensor, "classes length"]:
-        """With a word of one token where each context vector goes."""
-        return torch.from_numpy(self.tokenizer([f"{'x ' * self.n_ctx}{name}." for name in names]))
+        """With a word of one token where each context vector goes; as long as the longest, after which nothing counts."""
+        ids = torch.from_numpy(self.tokenizer([f"{'x ' * self.n_ctx}{name}." for name in names]))
+        return ids[:, : self.text.measure(ids).max()]
 
 
 def cosines(images: Float[Tensor, "b embed"], texts: Float[Tensor, "classes embed"]) -> Float[Tensor, "b classes"]:

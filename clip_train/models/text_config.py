@@ -26,6 +26,8 @@ class TextConfig:
         proj_bias: whether the projection's last layer has a bias.
         pretrained, pool, options: of encoders of transformers: whether to start from their weights, the feature
             (`cls`, `mean` or `last`), and further entries of their config.
+        length_multiple: texts go through in groups of similar length, each cut to a multiple of so many tokens; None
+            for all at the full length. SigLIP's and CoCa's towers, which are read after the padding, take no heed.
     """
 
     name: str = CLIP
@@ -43,6 +45,7 @@ class TextConfig:
     pretrained: bool = False
     pool: str = "mean"
     options: Mapping[str, Any] = field(default_factory=dict)
+    length_multiple: int | None = 16
 
     @classmethod
     def of(cls, text: Mapping[str, Any]) -> "TextConfig":
@@ -55,6 +58,8 @@ class TextConfig:
         if unknown := sorted(set(text) - set(known)):
             raise ConfigError(f"model.text.{unknown[0]}: no such key; there are {', '.join(known)}")
         config = cls(**text)
+        if config.length_multiple is not None and config.length_multiple < 1:
+            raise ConfigError(f"model.text.length_multiple={config.length_multiple} is neither null nor at least 1")
         if config.name in (CLIP, SIGLIP):
             if config.width % config.heads:
                 raise ConfigError(f"model.text: width={config.width} is not a multiple of heads={config.heads}")

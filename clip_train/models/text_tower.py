@@ -1,5 +1,6 @@
 """CLIP's text encoder: the causal transformer from transformers, pooled at the end token, and a projection."""
 
+import numpy as np
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
@@ -7,13 +8,15 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 from clip_train.data.tokenizer import VOCAB_SIZE
 from clip_train.errors import ConfigError, first_line
 from clip_train.models.projection import make_projection
+from clip_train.models.text_lengths import TokenIds, encode_by_length
 
 
 class TextTower(nn.Module):
     """Token ids to unnormalised embeddings.
 
-    What follows the end token does not matter: attention is causal and the feature is read there. The end token is the
-    last of the vocabulary, the start token the one before.
+    What follows the end token does not matter: attention is causal and the feature is read there. So texts go through
+    in groups of similar length (`text_lengths.py`), where lengths are known. The end token is the last of the
+    vocabulary, the start token the one before.
 
     Args:
         width, layers, heads, mlp_ratio: size of the transformer.
@@ -22,9 +25,13 @@ class TextTower(nn.Module):
         quick_gelu: OpenAI's x * sigmoid(1.702 x) for GELU.
         vocab_size: of the token table.
         proj, proj_bias: `linear`, `mlp` or `none`, and whether its last layer has a bias.
+        length_multiple: of so many tokens the groups are; None for all texts at the full length.
 
     Raises:
         ConfigError: the width does not divide over the heads, or the projection cannot be made.
+
+    Attributes:
+        one_group: all texts of a batch at the length of its longest.
     """
 
     pad_id: int | None = None  # any will do
@@ -41,8 +48,10 @@ class TextTower(nn.Module):
         mlp_ratio: float = 4.0,
         proj: str = "linear",
         proj_bias: bool = False,
+        length_multiple: int | None = None,
     ) -> None:
         super().__init__()
+        self.length_multiple, self.one_group = length_multiple, False
         self.vocab_size, self.end_id = vocab_size, vocab_size - 1
         self.grad_checkpointing = False
         self.trunk = create_clip_text(
@@ -59,7 +68,15 @@ class TextTower(nn.Module):
         )
         init_text_transformer(self.trunk)
 
-    def forward(self, ids: Int64[Tensor, "b context"]) -> Float[Tensor, "b embed"]:
+    def forward(self, ids: Int64[Tensor, "b context"] | TokenIds) -> Float[Tensor, "b embed"]:
+        return encode_by_length(self._encode, ids, self.length_multiple, self.measure, self.one_group)
+
+    def measure(self, ids: Int64[Tensor, "b context"]) -> Int64[np.ndarray, " b"]:
+        """Tokens of each text, of ids on the host."""
+        ends = (ids == self.end_id).numpy()
+        return np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, ids.shape[1])
+
+    def _encode(self, ids: Int64[Tensor, "some length"]) -> Float[Tensor, "some embed"]:
         return self.projection(self.trunk(input_ids=ids).pooler_output)
 
     def enable_grad_checkpointing(self) -> None:

@@ -11,6 +11,7 @@ from clip_train.interop.model_source import open_model
 from clip_train.losses import distillation_loss
 from clip_train.models import DualEncoder
 from clip_train.models.text_config import TextConfig
+from clip_train.models.text_lengths import TokenIds
 
 Loss = Callable[..., Tensor]
 
@@ -59,9 +60,10 @@ class Teacher:
         return with_teacher
 
     @torch.no_grad()
-    def _encode(self, images: Tensor, texts: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
-        image = [self.model.encode_image(part) for part in images.split(at_once)]
-        text = [self.model.encode_text(part) for part in texts.split(at_once)]
+    def _encode(self, images: Tensor, texts: Tensor | TokenIds, at_once: int) -> tuple[Tensor, Tensor]:
+        parts = [slice(start, start + at_once) for start in range(0, len(images), at_once)]
+        image = [self.model.encode_image(images[part]) for part in parts]
+        text = [self.model.encode_text(texts[part]) for part in parts]
         return torch.cat(image), torch.cat(text)
 
 

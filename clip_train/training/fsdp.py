@@ -15,7 +15,9 @@ from clip_train.checkpoints.restore import restore_optimizer
 from clip_train.distributed import group_size
 from clip_train.models import DualEncoder
 from clip_train.models.captioner import Captioner
+from clip_train.models.hf_text import HFTextTower
 from clip_train.models.layers import repeated_blocks
+from clip_train.models.text_tower import TextTower
 from clip_train.training.module import ClipModule
 
 
@@ -62,7 +64,10 @@ def shard_towers(model: DualEncoder, mesh: DeviceMesh) -> None:
     """Shard each block of both towers and of a decoder, and what is left of each; the logit scale and bias stay whole.
 
     A block's weights are gathered for its forward and again for its backward; a tower's own stay gathered in between.
+    All ranks have to call the blocks equally often, so that texts go through in one group.
     """
+    if isinstance(model.text, TextTower | HFTextTower):
+        model.text.one_group = True
     for tower in (model.vision, model.text, *([model.decoder] if isinstance(model, Captioner) else [])):
         for block in repeated_blocks(tower):
             fully_shard(block, mesh=mesh, reshard_after_forward=True)

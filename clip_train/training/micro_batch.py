@@ -39,7 +39,8 @@ class MicroBatchSearch(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         images = torch.zeros(self.local_batch, 3, self.image_size, self.image_size, dtype=torch.uint8)
-        texts = torch.full((self.local_batch, self.context_length), self.vocab_size - 1)
+        texts = torch.full((self.local_batch, self.context_length), self.vocab_size - 2)
+        texts[:, -1] = self.vocab_size - 1  # the end: as long as texts can be
 
         def try_step(pairs: int) -> None:
             with host_memory_limit(self.processes):

@@ -14,16 +14,14 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from measure import describe_machine, markdown_table
-from webdataset.compat import WebDataset
-from webdataset.writer import TarWriter
+from photo_sets import first_of_each, samples, write_shard
 
-from clip_train.data.files import whole_file, write_atomic
+from clip_train.data.files import write_atomic
 from clip_train.training.csv_logger import read_metrics
 
 MODEL = [
@@ -143,29 +141,11 @@ def write_grocery(data: Path, work: Path) -> Path:
     return work / "grocery"
 
 
-def first_of_each(labelled: list[tuple[dict, int]], most: int) -> list[tuple[dict, int]]:
-    """The first pictures of each class, in the order they come."""
-    seen: Counter[int] = Counter()
-    chosen = []
-    for sample, label in labelled:
-        seen[label] += 1
-        if seen[label] <= most:
-            chosen.append((sample, label))
-    return chosen
-
-
-def samples(folder: Path) -> Iterator[dict[str, Any]]:
-    return iter(WebDataset([str(path) for path in sorted(folder.glob("*.tar"))], shardshuffle=False))  # pyright: ignore
-
-
 def write_set(folder: Path, content: list[tuple[dict, int]], names: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "classes.json").write_text(json.dumps({"classnames": names, "templates": TEMPLATES}))
-    if (folder / "00000.tar").exists():
-        return
-    with whole_file(folder / "00000.tar") as file, TarWriter(file) as tar:
-        for sample, label in content:
-            tar.write({"__key__": sample["__key__"], "jpg": sample["jpg"], "cls": str(label)})
+    labelled = [{"__key__": sample["__key__"], "jpg": sample["jpg"], "cls": str(label)} for sample, label in content]
+    write_shard(folder / "00000.tar", labelled)
 
 
 def train(work: Path, name: str, settings: list[str]) -> float:

@@ -1,0 +1,93 @@
+"""Texts encoded only as long as they are: in groups of similar length, each without most of its padding.
+
+A causal tower that is read at the end token makes nothing of what follows it, and one that masks its padding makes
+nothing of that. Captions of the web have some 11 words; a context has 77 tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Token ids on a device, and their texts' lengths on the host: to ask the device for them would be to wait for it.
+
+    Attributes:
+        ids: padded.
+        lengths: tokens of each text that matter.
+    """
+
+    ids: Int64[Tensor, "b context"]
+    lengths: Int64[np.ndarray, " b"]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> "TokenIds":
+        """Some of the texts."""
+        return TokenIds(self.ids[part], self.lengths[part])
+
+
+def on_device(ids: Int64[Tensor, "b context"] | TokenIds, tower: nn.Module, device: torch.device) -> Tensor | TokenIds:
+    """The ids where the tower is, as it takes them: with their lengths, if these are known and it has use for them."""
+    if isinstance(ids, TokenIds):
+        return ids if hasattr(tower, "measure") else ids.ids
+    return with_lengths(ids.to(device, non_blocking=True), ids, tower)
+
+
+def with_lengths(
+    sent: Int64[Tensor, "b context"], ids: Int64[Tensor, "b context"], tower: nn.Module
+) -> Tensor | TokenIds:
+    """Ids that were sent to a device, with the lengths that a tower reads off them where they came from."""
+    measure = getattr(tower, "measure", None)
+    return TokenIds(sent, measure(ids)) if measure and ids.device.type == "cpu" else sent
+
+
+Encode = Callable[[Int64[Tensor, "some length"]], Float[Tensor, "some embed"]]
+
+
+def encode_by_length(
+    encode: Encode,
+    ids: Int64[Tensor, "b context"] | TokenIds,
+    multiple: int | None,
+    measure: Callable[[Tensor], Int64[np.ndarray, " b"]],
+    one_group: bool = False,
+) -> Float[Tensor, "b embed"]:
+    """What `encode` makes of the texts, each cut to its length rounded up to a multiple, in their own order.
+
+    Args:
+        encode: called once for each length that occurs, with all texts of it.
+        ids: if their lengths are not given, they are measured where that needs no waiting, on the host. If they are not
+            known, or without a multiple, all texts are as long as they are padded.
+        multiple: of so many tokens. Large enough, lengths are few, and a compiled tower meets few shapes.
+        measure: the lengths of texts on the host.
+        one_group: all texts at the longest of their lengths, in one call.
+    """
+    if isinstance(ids, Tensor) and multiple is not None and _can_measure(ids):
+        ids = TokenIds(ids, measure(ids))
+    if isinstance(ids, Tensor) or multiple is None:
+        return encode(ids if isinstance(ids, Tensor) else ids.ids)
+    padded = np.minimum(-(-ids.lengths // multiple) * multiple, ids.ids.shape[1])
+    lengths, counts = np.unique(padded, return_counts=True)
+    if one_group or len(lengths) < 2:
+        return encode(ids.ids[:, : lengths.max(initial=1)])
+    order = np.argsort(padded, kind="stable")
+    groups = ids.ids[_on_device(order, ids.ids)].split(counts.tolist())
+    encoded = [encode(group[:, :length]) for group, length in zip(groups, lengths.tolist())]
+    return torch.cat(encoded)[_on_device(np.argsort(order), ids.ids)]
+
+
+def _on_device(rows: Int64[np.ndarray, " b"], like: Tensor) -> Int64[Tensor, " b"]:
+    """Row numbers, sent without waiting for what the device is doing."""
+    numbers = torch.from_numpy(rows)
+    return numbers.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else numbers.to(like.device)
+
+
+def _can_measure(ids: Tensor) -> bool:
+    """Whether it needs no waiting, and shapes may follow from what is found, as in a graph they may not."""
+    return ids.device.type == "cpu" and not torch.compiler.is_compiling()
