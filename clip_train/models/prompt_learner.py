@@ -126,7 +126,7 @@ class PromptLearner(DualEncoder):
             return self.encode_text(ids)
 
     def _prompt_ids(self, names: Sequence[str]) -> Int64[Tensor, "classes length"]:
-        """With a word of one token where each context vector goes; as long as the longest, after which nothing counts."""
+        """With a word of one token where each context vector goes; as long as the longest of them."""
         ids = torch.from_numpy(self.tokenizer([f"{'x ' * self.n_ctx}{name}." for name in names]))
         return ids[:, : self.text.measure(ids).max()]
 

@@ -37,6 +37,8 @@ def on_device(ids: Int64[Tensor, "b context"] | TokenIds, tower: nn.Module, devi
     """The ids where the tower is, as it takes them: with their lengths, if these are known and it has use for them."""
     if isinstance(ids, TokenIds):
         return ids if hasattr(tower, "measure") else ids.ids
+    if ids.device == device:  # which measures them, if it is the host
+        return ids
     return with_lengths(ids.to(device, non_blocking=True), ids, tower)
 
 

@@ -11,7 +11,6 @@ vector. Each measurement runs in a fresh process, of one thread on a CPU. A roun
 import argparse
 import statistics
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +46,12 @@ def main() -> None:
     shards = expand_shards(pattern, "--shards")[: args.num_shards]
     config = model_config(args.model)
     models = write_models(args.work / "models" / args.model, config)
-    how: dict[str, Any] = {
-        "device": args.device,
-        "precision": args.precision,
-        "batch_size": args.batch_size,
-        "workers": args.workers,
-    }
+    how = (models, config, shards, args.device, args.precision)
     jobs = {
-        (side, contender, compiled): Job(contender, side, models, config, shards, compile=compiled, **how)
-        for side, contender, compiled in product((IMAGE, TEXT), FOLDERS, args.compile)
+        (side, contender, compiled): Job(contender, side, *how, compiled, args.batch_size, args.workers)
+        for side in (IMAGE, TEXT)
+        for contender in FOLDERS
+        for compiled in args.compile
     }
     samples: dict[Any, list[Sample]] = {key: [] for key in jobs}
     for turn in range(args.rounds):
