@@ -17,13 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from encode_contenders import FOLDERS, IMAGE, OURS, TEXT, Job, Sample, measure_encoding
-from hydra import compose, initialize_config_dir
 from loader_shards import built_sets
 from measure import describe_machine, markdown_table, run_ranks
-from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from step_contenders import model_config
 
-from clip_train.commands.program import config_dir
 from clip_train.data.files import write_atomic
 from clip_train.data.shards import expand_shards
 from clip_train.interop.exporting import export
@@ -94,12 +92,6 @@ def _switches(text: str) -> tuple[bool, ...]:
 
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device.startswith("cuda") else "one thread of the processor"
-
-
-def model_config(name: str) -> dict[str, Any]:
-    with initialize_config_dir(config_dir(), version_base="1.3"):
-        cfg = compose("train", ["experiment=demo", f"model={name}"])
-    return OmegaConf.to_container(cfg.model, resolve=True)  # pyright: ignore[reportReturnType]
 
 
 def write_models(folder: Path, config: dict[str, Any]) -> Path:

@@ -64,7 +64,7 @@ def main() -> None:
     photos = f"data.train.shards={args.data}/flickr8k_train/*.tar::{args.data}/emoji/train/*.tar"
     base = train(args.work, "base", [*MODEL, photos, *PRETRAINING])
     descriptions = f"data.train.shards={sets}/described/train/*.tar"
-    tuned = train(args.work, "groceries", [descriptions, *GROCERIES, "finetune=full", f"init_from={base}"])
+    tuned = train(args.work, "groceries", [*MODEL, descriptions, *GROCERIES, "finetune=full", f"init_from={base}"])
     machine = "".join(f"- {key}: {value}\n" for key, value in describe_machine(["torch", "clip-benchmark"]).items())
     report = "\n".join([machine, compared(base, sets, args.work), probed(base, sets, args.work)])
     report += f"\n{long_texts(tuned, sets, args.work)}{NOTES}"

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from measure import describe_machine, markdown_table, run_ranks
-from step_contenders import CONTENDERS, OPEN_CLIP_NAMES, Sample, measure_step
+from step_contenders import CONTENDERS, OPEN_CLIP_NAMES, Sample, StepJob, measure_step, real_captions
 
 from clip_train.data.files import write_atomic
 
@@ -39,7 +39,8 @@ def main() -> None:
 
 def _measured(name: str, args: argparse.Namespace, batch: int, number: int) -> Sample:
     print(f"batch {batch}, round {number} of {args.rounds}: {name}", file=sys.stderr, flush=True)
-    return run_ranks(measure_step, 1, name, args.model, batch, args.micro_batch, args.steps)[0]
+    job = StepJob(name, args.model, batch, args.micro_batch, real_captions(batch), steps=args.steps)
+    return run_ranks(measure_step, 1, job)[0]
 
 
 def _row(name: str, rounds: list[dict[str, Sample]], batch: int, micro_batch: int) -> list[str]:

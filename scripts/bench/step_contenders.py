@@ -1,24 +1,32 @@
-"""The training steps that `large_batch.py` compares, and one measured run of one of them."""
+"""The training steps that `step.py` and `large_batch.py` compare, and one measured run of one of them."""
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import open_clip
 import torch
 from hydra import compose, initialize_config_dir
+from loader_shards import SMALL_PHOTOS
 from measure import PeakMemory
 from omegaconf import OmegaConf
 from open_clip.loss import ClipLoss
 from open_clip_train.train import train_one_epoch
 from torch import Tensor
 
+from clip_train.data.demo import unpack_demo
+from clip_train.data.index import load_indexes
+from clip_train.data.pairs import PairReader
+from clip_train.data.shards import expand_shards
+from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder
+from clip_train.models.text_lengths import with_lengths
 from clip_train.training.cached_gradients import cached_backward
 from clip_train.training.optimizer import build_optimizer
 
@@ -31,6 +39,31 @@ OPEN_CLIP_NAMES = {
 }
 
 
+@dataclass(frozen=True)
+class StepJob:
+    """A step to be measured.
+
+    Attributes:
+        contender: one of `CONTENDERS`.
+        model: one of `OPEN_CLIP_NAMES`.
+        batch, micro_batch: pairs per step, and at once where gradients are cached.
+        captions: texts, from which those of the batch are taken in turn.
+        precision: `32`, or `bf16` for autocast.
+        threads: of the processor.
+        steps: that are timed, after one that allocates the optimizer's state.
+    """
+
+    contender: str
+    model: str
+    batch: int
+    micro_batch: int
+    captions: Sequence[str]
+    device: str = "cpu"
+    precision: str = "32"
+    threads: int = 1
+    steps: int = 2
+
+
 @dataclass
 class Sample:
     """One process's step: median seconds, and peak memory above weights, moments and the batch."""
@@ -39,53 +72,77 @@ class Sample:
     memory: int
 
 
-def measure_step(contender: str, model: str, batch: int, micro_batch: int, steps: int) -> Sample:
-    """Time some steps, after one that allocates the optimizer's state."""
+def measure_step(job: StepJob) -> Sample:
+    """Time some steps."""
+    torch.set_num_threads(job.threads)
     torch.manual_seed(0)
-    step = CONTENDERS[contender](model, batch, micro_batch)
+    step = CONTENDERS[job.contender](job)
     step()
     seconds = []
     with PeakMemory() as peak:
-        for _ in range(steps):
+        for _ in range(job.steps):
+            _wait(job.device)
             begun = time.perf_counter()
             step()
+            _wait(job.device)
             seconds.append(time.perf_counter() - begun)
     return Sample(statistics.median(seconds), peak.bytes)
 
 
-def _config(model: str) -> dict[str, Any]:
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def real_captions(count: int) -> list[str]:
+    """Of small photos if they are at hand, else the names of the built-in demo's pictures."""
+    pattern, key = str(SMALL_PHOTOS), "json:captions"
+    if not SMALL_PHOTOS.parent.exists():
+        pattern, key = unpack_demo("demo:emoji/train") + "/*.tar", "txt"
+    with TemporaryDirectory() as folder:
+        reader = PairReader(load_indexes(expand_shards(pattern, "captions"), folder), "jpg;jpeg;png;webp", key)
+        return [reader.read(0, number).first_caption() for number in range(min(count, reader.counts[0]))]
+
+
+def model_config(model: str) -> dict[str, Any]:
+    """One of configs/model."""
     with initialize_config_dir(str(_CONFIGS), version_base="1.3"):
         cfg = compose("train", ["experiment=demo", f"model={model}"])
     return OmegaConf.to_container(cfg.model, resolve=True)  # pyright: ignore[reportReturnType]
 
 
-def _batch(model: str, count: int) -> tuple[Tensor, Tensor]:
-    config = _config(model)
+def _batch(job: StepJob) -> tuple[Tensor, Tensor]:
+    """On the host."""
+    config = model_config(job.model)
     size, length = config["image_size"], config["text"]["context_length"]
-    ids = torch.randint(1, 49000, (count, length))
-    ids[:, 12:] = 0  # captions have some eleven words
-    ids[:, 12] = 49407
-    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8), ids
+    captions = [job.captions[number % len(job.captions)] for number in range(job.batch)]
+    pixels = torch.randint(0, 256, (job.batch, 3, size, size), dtype=torch.uint8)
+    return pixels, torch.from_numpy(ClipTokenizer(length)(captions))
 
 
-def _ours(model: str, batch: int, micro_batch: int | None) -> Callable[[], None]:
-    encoder = create_dual_encoder(**_config(model))
+def _autocast(job: StepJob) -> torch.autocast:
+    return torch.autocast(job.device.partition(":")[0], torch.bfloat16, enabled=job.precision == "bf16")
+
+
+def _ours(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
+    encoder = create_dual_encoder(**model_config(job.model)).to(job.device)
     optimizer = build_optimizer(encoder, _ADAMW, fused=True)
-    inputs = _batch(model, batch)
+    pixels, ids = _batch(job)
+    inputs: Any = (pixels.to(job.device), with_lengths(ids.to(job.device), ids, encoder.text))
+
+    def backward(scalar: Tensor, last: bool = True) -> None:
+        with torch.autocast(scalar.device.type, enabled=False):  # which is for forward only
+            scalar.backward()
 
     def step() -> None:
         optimizer.zero_grad()
-        if micro_batch is None:
-            contrastive_loss(*encoder(*inputs), **encoder.logit_parameters()).backward()
-        else:
-            cached_backward(
-                encoder,
-                contrastive_loss,
-                encoder.logit_parameters(),
-                inputs,
-                micro_batch_size=micro_batch,
-                backward=lambda scalar, last: scalar.backward(),
-            )
+        with _autocast(job):
+            scalars = encoder.logit_parameters()
+            if micro_batch is None:
+                backward(contrastive_loss(*encoder(*inputs), **scalars))
+            else:
+                parts = {"micro_batch_size": micro_batch, "backward": backward}
+                cached_backward(encoder, contrastive_loss, scalars, inputs, **parts)
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         encoder.clamp_logit_scale()
@@ -105,11 +162,11 @@ class _Loader(list[tuple[Tensor, Tensor]]):
         return sum(len(texts) for _, texts in self)
 
 
-def _open_clip(model: str, batch: int, micro_batch: int | None) -> Callable[[], None]:
+def _open_clip(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
     """A step of open_clip's own training loop: an epoch of one step."""
-    clip = open_clip.create_model(OPEN_CLIP_NAMES[model], output_dict=True)
-    pixels, ids = _batch(model, batch)
-    pieces = [slice(start, start + (micro_batch or batch)) for start in range(0, batch, micro_batch or batch)]
+    clip = open_clip.create_model(OPEN_CLIP_NAMES[job.model], output_dict=True, device=job.device)
+    (pixels, ids), at_once = _batch(job), micro_batch or job.batch
+    pieces = [slice(start, start + at_once) for start in range(0, job.batch, at_once)]
     loader = _Loader([(pixels[part] / 127.5 - 1, ids[part]) for part in pieces])
     data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
     decayed = [p for p in clip.parameters() if p.ndim >= 2]
@@ -117,15 +174,23 @@ def _open_clip(model: str, batch: int, micro_batch: int | None) -> Callable[[], 
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, **_ADAMW)
     args = SimpleNamespace(
-        device="cpu", precision="fp32", distill=False, accum_freq=len(pieces), skip_scheduler=True, horovod=False,
-        grad_clip_norm=1.0, rank=0, log_every_n_steps=1, batch_size=batch, world_size=1, wandb=False,
-    )  # fmt: skip
+        device=job.device,
+        precision="amp_bf16" if job.precision == "bf16" else "fp32",
+        accum_freq=len(pieces),
+        batch_size=job.batch,
+        grad_clip_norm=1.0,
+        log_every_n_steps=1,
+        rank=0,
+        world_size=1,
+        **dict.fromkeys(("distill", "horovod", "wandb"), False),
+        skip_scheduler=True,
+    )
     return lambda: train_one_epoch(clip, data, ClipLoss(), 0, optimizer, None, None, None, args)
 
 
-CONTENDERS: dict[str, Callable[[str, int, int], Callable[[], None]]] = {
-    "ours, whole batch": lambda model, batch, micro_batch: _ours(model, batch, None),
-    "ours, cached": _ours,
-    "open_clip, whole batch": lambda model, batch, micro_batch: _open_clip(model, batch, None),
-    "open_clip, --accum-freq": _open_clip,
+CONTENDERS: dict[str, Callable[[StepJob], Callable[[], None]]] = {
+    "ours, whole batch": lambda job: _ours(job, None),
+    "ours, cached": lambda job: _ours(job, job.micro_batch),
+    "open_clip, whole batch": lambda job: _open_clip(job, None),
+    "open_clip, --accum-freq": lambda job: _open_clip(job, job.micro_batch),
 }

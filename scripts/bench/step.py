@@ -1,0 +1,103 @@
+"""A training step beside open_clip's: the same model, the same batch of real captions, the same precision, in one run.
+
+    uv run python scripts/bench/step.py --out docs/benchmarks
+    uv run python scripts/bench/step.py --models vit_b_32,vit_l_14 --batch 1024 --device cuda --precision bf16
+
+A step is forward, loss, backward, clipping and AdamW on a batch that is in memory; open_clip runs its own training
+loop. On a processor it is measured on one thread and on all. Each measurement is a fresh process, and a round runs
+every contender once, so that whatever else the machine does meets all alike.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from measure import describe_machine, markdown_table, multiplies_bf16, run_ranks
+from step_contenders import OPEN_CLIP_NAMES, Sample, StepJob, measure_step, real_captions
+
+from clip_train.data.files import write_atomic
+
+_OURS, _CACHED, _THEIRS = "ours, whole batch", "ours, cached", "open_clip, whole batch"
+_HEADER = ("model", "batch", "threads", "ours s", "open_clip s", "ours / open_clip", "4 micro-batches / whole")
+
+NOTES = """
+Medians over rounds; ratios are taken round by round. Captions are those of {captions}. open_clip's pixels are
+normalised before the step, ours in it. `4 micro-batches` are cached gradients of a quarter of the batch at a time.
+"""
+
+
+def main() -> None:
+    args = _arguments()
+    threads = [1] if args.device != "cpu" else sorted({1, os.cpu_count() or 1})
+    machine = "".join(f"- {key}: {value}\n" for key, value in describe_machine().items())
+    machine += f"- device: {args.device}, precision: {args.precision}, rounds: {args.rounds}\n"
+    print(machine)
+    captions = real_captions(max(args.batch))
+    rows = []
+    for model in args.models:
+        for batch in args.batch:
+            for count in threads:
+                rows.append(_row(model, batch, count, _rounds(args, model, batch, count, captions)))
+                print(markdown_table(_HEADER, rows[-1:]), flush=True)
+    mean = statistics.mean(len(caption.split()) for caption in captions)
+    notes = NOTES.format(captions=f"real pictures, {mean:.1f} words on average")
+    report = f"{machine}\n{markdown_table(_HEADER, rows)}{notes}"
+    print(report)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        write_atomic(args.out / "step.md", report.encode())
+
+
+def _rounds(
+    args: argparse.Namespace, model: str, batch: int, threads: int, captions: Sequence[str]
+) -> list[dict[str, Sample]]:
+    contenders = [_OURS, _THEIRS, *([_CACHED] if threads == 1 and batch >= 4 else [])]
+    found = []
+    for number in range(1, args.rounds + 1):
+        found.append({})
+        for name in contenders:
+            print(f"{model}, batch {batch}, round {number}: {name}", file=sys.stderr, flush=True)
+            how = {"device": args.device, "precision": args.precision, "threads": threads, "steps": args.steps}
+            job = StepJob(name, model, batch, max(1, batch // 4), captions, **how)
+            found[-1][name] = run_ranks(measure_step, 1, job)[0]
+    return found
+
+
+def _row(model: str, batch: int, threads: int, rounds: Sequence[dict[str, Sample]]) -> list[str]:
+    def seconds(name: str) -> str:
+        return f"{statistics.median(one[name].seconds for one in rounds):.2f}"
+
+    def ratio(name: str, base: str) -> str:
+        if name not in rounds[0]:
+            return ""
+        return f"{statistics.median(one[name].seconds / one[base].seconds for one in rounds):.2f}"
+
+    figures = [seconds(_OURS), seconds(_THEIRS), ratio(_OURS, _THEIRS), ratio(_CACHED, _OURS)]
+    return [model, str(batch), str(threads), *figures]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", type=lambda text: text.split(","), default=["vit_b_32"], help="by commas")
+    parser.add_argument("--batch", type=_numbers, default=[32], help="pairs per step, by commas (32)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=["32", "bf16"], help="bf16 where the device multiplies in it, else 32")
+    parser.add_argument("--rounds", type=int, default=3, help="fresh processes per contender (%(default)s)")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps per process (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write step.md")
+    args = parser.parse_args()
+    if unknown := set(args.models) - set(OPEN_CLIP_NAMES):
+        parser.error(f"--models: {', '.join(sorted(unknown))} is none of {', '.join(OPEN_CLIP_NAMES)}")
+    args.precision = args.precision or ("bf16" if args.device != "cpu" or multiplies_bf16() else "32")
+    return args
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+if __name__ == "__main__":
+    main()
