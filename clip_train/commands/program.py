@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,8 +32,14 @@ def config_dir() -> str:
     return str(inside if inside.is_dir() else package.parent / "configs")
 
 
-def run_program(name: str, config_name: str, task: Callable[[DictConfig], int]) -> NoReturn:
-    """Compose the config from the command line, run `task` on it (once per job of a sweep), exit with its code."""
+def run_program(
+    name: str, config_name: str, task: Callable[[DictConfig], int], short: Mapping[str, str] | None = None
+) -> NoReturn:
+    """Compose the config from the command line, run `task` on it (once per job of a sweep), exit with its code.
+
+    Args:
+        short: keys that may be given for others, as `data` for `data.path`: to Hydra, a group's name is a choice of it.
+    """
     codes: list[int] = []
 
     def job(cfg: DictConfig) -> None:
@@ -43,7 +49,7 @@ def run_program(name: str, config_name: str, task: Callable[[DictConfig], int]) 
             code = EXIT_DIVERGED if isinstance(error, DivergedError) else EXIT_USER_ERROR
             _fail(name, str(error), code, alone=isinstance(error, OutOfMemoryError))
 
-    sys.argv[1:] = [quote_text(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [quote_text(_spell_out(argument, short or {})) for argument in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing and exiting with 1
     try:
         hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(job)()
@@ -52,6 +58,11 @@ def run_program(name: str, config_name: str, task: Callable[[DictConfig], int]) 
     except ClipTrainError as error:  # a sweep's, before its first job
         _fail(name, str(error))
     _exit(max(codes, default=EXIT_DONE))
+
+
+def _spell_out(argument: str, short: Mapping[str, str]) -> str:
+    key, equals, value = argument.partition("=")
+    return f"{short.get(key, key)}{equals}{value}"
 
 
 def quote_text(argument: str) -> str:

@@ -49,7 +49,8 @@ class EmbeddingFolder:
             raise DataError(f"embeddings={path} holds none (img_emb/*.npy, text_emb/*.npy): write them by clip-embed")
         parts = {tuple(_number(file) for file in files) for files in (*embeddings.values(), metadata)}
         if len(parts) > 1 or (manifest and len(metadata) != len(manifest.parts)):
-            raise DataError(f"embeddings={path} is not complete: start clip-embed again")
+            remedy = "start clip-embed again" if manifest else "each .npy needs a metadata/*.parquet of its number"
+            raise DataError(f"embeddings={path} is not complete: {remedy}")
         check_pyarrow()
         counts = {tuple(len(_mapped(file)) for file in files) for files in embeddings.values()}
         if counts != {tuple(_num_rows(file) for file in metadata)}:

@@ -61,6 +61,7 @@ class WarmProcess:
         self._process.join(timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        atexit.unregister(self.kill)  # which would keep this object, and its files open, to the end of all tests
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
