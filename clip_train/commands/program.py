@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clip_train.errors import ClipTrainError, DivergedError, OutOfMemoryError
+from clip_train.errors import ClipTrainError, DivergedError, OutOfMemoryError, first_line
 
 EXIT_DONE, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_RESUMABLE = 0, 2, 70, 75
 
@@ -55,6 +55,10 @@ def run_program(
         hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(name, _explain(error, config_name))
+    except ValueError as error:
+        if (choice := _wrong_choice()) is None:
+            raise
+        _fail(name, f"{choice}: the config of a group is chosen by its name ({first_line(error)})")
     except ClipTrainError as error:  # a sweep's, before its first job
         _fail(name, str(error))
     _exit(max(codes, default=EXIT_DONE))
@@ -79,6 +83,17 @@ def quote_text(argument: str) -> str:
         escaped = value.replace("'", r"\'")
         return f"{key}='{escaped}'"
     return argument
+
+
+def _wrong_choice() -> str | None:
+    """The argument that gives a group something else than a name, of which Hydra only says that there is one."""
+    for argument in sys.argv[1:]:
+        if "=" in argument and not argument.startswith("-"):
+            override = OverridesParser.create().parse_override(argument)
+            is_group = (Path(config_dir()) / override.key_or_group).is_dir()
+            if is_group and not override.is_sweep_override() and not isinstance(override.value(), str | list):
+                return argument
+    return None
 
 
 def _fail(name: str, message: str, code: int = EXIT_USER_ERROR, alone: bool = False) -> NoReturn:

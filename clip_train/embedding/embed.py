@@ -31,6 +31,7 @@ from clip_train.shard_tools.access import ShardAccess
 from clip_train.shard_tools.damage import Damage, write_damages
 
 SKIPPED = "skipped.csv"
+_POLL_S = 0.05
 _LONGEST_WAIT = timedelta(days=7)  # of the rank that is done first for the last
 
 
@@ -148,11 +149,20 @@ def _waited_for_all() -> Iterator[None]:
     try:
         yield
     except (ClipTrainError, OSError):  # which all hear of; with anything else this process ends at once
-        if group:
-            dist.barrier(group)
+        _meet(group)
         raise
-    if group:
-        dist.barrier(group)
+    _meet(group)
+
+
+def _meet(group: dist.ProcessGroup | None) -> None:
+    """Wait for all ranks, and hear signals meanwhile, as a collective would not."""
+    if group is None:
+        return
+    work = dist.barrier(group, async_op=True)
+    assert work
+    while not work.is_completed():
+        time.sleep(_POLL_S)
+    work.wait()  # raises what went wrong
 
 
 def describe_weights(source: ModelSource, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,6 +182,8 @@ def _claim(folder: Path, manifest: Manifest) -> None:
     Raises:
         ConfigError: it holds something else.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output={folder} is no folder: give another output=")
     if old := Manifest.read(folder):
         manifest.check_goes_on(old, folder)
     elif any(path.suffix != UNFINISHED and not path.name.startswith(".") for path in folder.glob("*")):

@@ -134,6 +134,8 @@ def test_another_model_or_other_settings_in_the_same_folder_are_one_line(whole, 
         (["metadata=null"], "metadata: "),
         (["data.caption_key=null"], "caption_key"),
         (["data.image_key=tiff", f"output={folder}/new"], "image_key=tiff: no shard has such files"),
+        ([f"output={folder}/00000.tar"], f"output={folder}/00000.tar is no folder"),
+        (["trainer=null"], "trainer=null: the config of a group is chosen by its name"),
         ([f"output={folder}/configs"], f"output={folder}/configs holds something else than embeddings of clip-embed"),
     ):
         code, _, error = call(embed.main, *arguments(folder, "whole"), *given)
