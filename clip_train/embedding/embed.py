@@ -145,7 +145,7 @@ def _agreed(folder: Path) -> Iterator[None]:
 @contextmanager
 def _waited_for_all() -> Iterator[None]:
     """The ranks part inside for as long as the work takes; all else that they do together is a matter of minutes."""
-    group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT) if group_size() > 1 else None
+    group: Any = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT) if group_size() > 1 else None
     try:
         yield
     except (ClipTrainError, OSError):  # which all hear of; with anything else this process ends at once
@@ -154,8 +154,8 @@ def _waited_for_all() -> Iterator[None]:
     _meet(group)
 
 
-def _meet(group: dist.ProcessGroup | None) -> None:
-    """Wait for all ranks, and hear signals meanwhile, as a collective would not."""
+def _meet(group: Any) -> None:
+    """Wait for all ranks, if there are others, and hear signals meanwhile, as a collective would not."""
     if group is None:
         return
     work = dist.barrier(group, async_op=True)
