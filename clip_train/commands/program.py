@@ -66,7 +66,7 @@ def run_program(
 
 def _spell_out(argument: str, short: Mapping[str, str]) -> str:
     key, equals, value = argument.partition("=")
-    return f"{short.get(key, key)}{equals}{value}"
+    return f"{short[key]}={value}" if equals and key in short else argument
 
 
 def quote_text(argument: str) -> str:
