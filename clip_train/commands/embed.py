@@ -1,29 +1,50 @@
 """clip-embed: embeddings of pictures and texts, for search and all else."""
 
-import re
+import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from clip_train.commands.program import EXIT_DONE, run_program
+from clip_train.commands.program import EXIT_DONE, EXIT_RESUMABLE, run_program
+from clip_train.training.signals import STOP_SIGNALS, ignore_signals
 
 if TYPE_CHECKING:  # imports stay inside the functions: see program.py
     from clip_train.embedding.embed import Progress, Tally
 
-_DATA = re.compile(r"^data=")  # else Hydra would look for a file of the group `data`
 _SECONDS_BETWEEN_LINES = 10
-_LONGEST_WAIT = timedelta(days=7)  # of the rank that is done first for the last
 
 
 def main() -> None:
     """Entry point."""
-    sys.argv[1:] = [_DATA.sub("data.path=", argument) for argument in sys.argv[1:]]
-    run_program("clip-embed", "embed", _embed)
+    with _resumable():
+        run_program("clip-embed", "embed", _embed, short={"data": "data.path"})
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """A signal ends the program at once: parts are whole or not there, and a new start goes on with the next."""
+
+    def stop(number: int, _: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    except KeyboardInterrupt as signalled:
+        ignore_signals()
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+            print(f"clip-embed: {signalled}: what is complete is kept; start it again to go on", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_RESUMABLE)  # else it would wait for loader workers, and those for their downloads
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _embed(cfg: DictConfig) -> int:
@@ -51,7 +72,7 @@ def _embed(cfg: DictConfig) -> int:
     described = describe_weights(source, weights)
     loaded = load_model(
         source,
-        join_ranks(world, _LONGEST_WAIT),
+        join_ranks(world),
         precision=options.precision,
         compile=options.compile,
         batch_size=options.batch_size,

@@ -1,19 +1,13 @@
 """clip-eval: how good a model is, and the page that shows a run."""
 
-import re
-import sys
-
 from omegaconf import DictConfig
 
 from clip_train.commands.program import EXIT_DONE, run_program
 
-_DATA = re.compile(r"^data=")  # data=PATH is short for data.path=PATH; to Hydra it would be a choice of the group
-
 
 def main() -> None:
     """Entry point."""
-    sys.argv[1:] = [_DATA.sub("data.path=", argument) for argument in sys.argv[1:]]
-    run_program("clip-eval", "eval", _evaluate)
+    run_program("clip-eval", "eval", _evaluate, short={"data": "data.path"})
 
 
 def _evaluate(cfg: DictConfig) -> int:

@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,7 +20,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clip_train.errors import ClipTrainError, DivergedError, OutOfMemoryError
+from clip_train.errors import ClipTrainError, DivergedError, OutOfMemoryError, first_line
 
 EXIT_DONE, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_RESUMABLE = 0, 2, 70, 75
 
@@ -32,8 +32,14 @@ def config_dir() -> str:
     return str(inside if inside.is_dir() else package.parent / "configs")
 
 
-def run_program(name: str, config_name: str, task: Callable[[DictConfig], int]) -> NoReturn:
-    """Compose the config from the command line, run `task` on it (once per job of a sweep), exit with its code."""
+def run_program(
+    name: str, config_name: str, task: Callable[[DictConfig], int], short: Mapping[str, str] | None = None
+) -> NoReturn:
+    """Compose the config from the command line, run `task` on it (once per job of a sweep), exit with its code.
+
+    Args:
+        short: keys that may be given for others, as `data` for `data.path`: to Hydra, a group's name is a choice of it.
+    """
     codes: list[int] = []
 
     def job(cfg: DictConfig) -> None:
@@ -43,15 +49,24 @@ def run_program(name: str, config_name: str, task: Callable[[DictConfig], int]) 
             code = EXIT_DIVERGED if isinstance(error, DivergedError) else EXIT_USER_ERROR
             _fail(name, str(error), code, alone=isinstance(error, OutOfMemoryError))
 
-    sys.argv[1:] = [quote_text(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [quote_text(_spell_out(argument, short or {})) for argument in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing and exiting with 1
     try:
         hydra.main(version_base="1.3", config_path=config_dir(), config_name=config_name)(job)()
     except (HydraException, OmegaConfBaseException) as error:
         _fail(name, _explain(error, config_name))
+    except ValueError as error:
+        if (choice := _wrong_choice()) is None:
+            raise
+        _fail(name, f"{choice}: the config of a group is chosen by its name ({first_line(error)})")
     except ClipTrainError as error:  # a sweep's, before its first job
         _fail(name, str(error))
     _exit(max(codes, default=EXIT_DONE))
+
+
+def _spell_out(argument: str, short: Mapping[str, str]) -> str:
+    key, equals, value = argument.partition("=")
+    return f"{short[key]}={value}" if equals and key in short else argument
 
 
 def quote_text(argument: str) -> str:
@@ -68,6 +83,17 @@ def quote_text(argument: str) -> str:
         escaped = value.replace("'", r"\'")
         return f"{key}='{escaped}'"
     return argument
+
+
+def _wrong_choice() -> str | None:
+    """The argument that gives a group something else than a name, of which Hydra only says that there is one."""
+    for argument in sys.argv[1:]:
+        if "=" in argument and not argument.startswith("-"):
+            override = OverridesParser.create().parse_override(argument)
+            is_group = (Path(config_dir()) / override.key_or_group).is_dir()
+            if is_group and not override.is_sweep_override() and not isinstance(override.value(), str | list):
+                return argument
+    return None
 
 
 def _fail(name: str, message: str, code: int = EXIT_USER_ERROR, alone: bool = False) -> NoReturn:

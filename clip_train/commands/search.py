@@ -59,7 +59,8 @@ def _query(cfg: DictConfig) -> int:
     from clip_train.search.search import Searcher, SearchOptions
 
     options = typed(SearchOptions, cfg)
-    outputs = [str(name) for name in cfg.output] if isinstance(cfg.output, ListConfig) else [str(cfg.output)]
+    given = cfg.output if isinstance(cfg.output, ListConfig) else [cfg.output]
+    outputs = [str(name) for name in given if name is not None]
     for output in outputs:
         check_output(output)
     asked = _asked(cfg)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 _NAMES_THE_DATA = re.compile(r"\+*(data|data\.train|data\.train\.shards|experiment)=|--config-name|-cn")
-_RESUME = re.compile(r"^resume=")  # resume=auto is short for resume.from=auto
 _RUN_LENGTHS = ("max_samples", "max_steps", "max_epochs")
 
 
@@ -25,8 +24,7 @@ def main() -> None:
     if not any(_NAMES_THE_DATA.match(argument) for argument in sys.argv[1:]):
         overrides = [place for place, argument in enumerate(sys.argv) if place and _is_override(argument)]
         sys.argv.insert(min(overrides, default=len(sys.argv)), "experiment=demo")  # overrides must stand together
-    sys.argv[1:] = [_RESUME.sub("resume.from=", argument) for argument in sys.argv[1:]]
-    run_program("clip-train", "train", _train)
+    run_program("clip-train", "train", _train, short={"resume": "resume.from"})
 
 
 def _is_override(argument: str) -> bool:

@@ -8,6 +8,8 @@ from typing import BinaryIO
 
 from platformdirs import user_cache_path
 
+UNFINISHED = ".tmp"  # how names end of files that are being written, or were when their program was killed
+
 
 def user_cache() -> Path:
     """Where the user's copies of data go: `CLIP_TRAIN_CACHE`, if set."""
@@ -17,7 +19,7 @@ def user_cache() -> Path:
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write that gets its name when it is complete: a crash never leaves half of it under `path`."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.{os.getpid()}{UNFINISHED}"
     try:
         with open(temporary, "wb") as file:
             yield file

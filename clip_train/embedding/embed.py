@@ -5,14 +5,17 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from clip_train.checkpoints.base import weights_checksum
+from clip_train.data.files import UNFINISHED
 from clip_train.data.loader import make_loader
 from clip_train.distributed import gather_objects, group_rank, group_size, raise_everywhere
 from clip_train.embedding.batches import PartBatch, PartBatches, Row
@@ -20,13 +23,16 @@ from clip_train.embedding.manifest import Manifest
 from clip_train.embedding.options import IMAGE, TEXT, EmbedOptions
 from clip_train.embedding.part_files import check_pyarrow, read_about, write_part
 from clip_train.embedding.sources import Source, Task, find_sources
-from clip_train.errors import ClipTrainError, DataError
+from clip_train.errors import ClipTrainError, ConfigError, DataError
 from clip_train.evaluation.loaded_model import LoadedModel
 from clip_train.interop.model_source import ModelSource
+from clip_train.interop.reading import lasting
 from clip_train.shard_tools.access import ShardAccess
 from clip_train.shard_tools.damage import Damage, write_damages
 
 SKIPPED = "skipped.csv"
+_POLL_S = 0.05
+_LONGEST_WAIT = timedelta(days=7)  # of the rank that is done first for the last
 
 
 class Tally(NamedTuple):
@@ -108,10 +114,11 @@ def embed(
     if len(set(gather_objects([manifest.digest()]))) > 1:
         raise DataError(f"data={options.data} or weights={weights['weights']} is not the same on all processes")
     with _agreed(folder):  # nothing is written before all know what the folder is to hold
-        _claim(folder, manifest)
+        if group_rank() == 0:
+            _claim(folder, manifest)
     with _agreed(folder):
         parts = _look_at(folder, sources, manifest, options.sides)
-    with _agreed(folder):  # nor before all have looked which parts are there
+    with _agreed(folder), _waited_for_all():  # nor before all have looked which parts are there
         tally = _embed_parts(model, options, folder, parts, show)
     total = _total(gather_objects([tally]))
     with _agreed(folder):
@@ -135,22 +142,55 @@ def _agreed(folder: Path) -> Iterator[None]:
     raise_everywhere(error)
 
 
+@contextmanager
+def _waited_for_all() -> Iterator[None]:
+    """The ranks part inside for as long as the work takes; all else that they do together is a matter of minutes."""
+    group: Any = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT) if group_size() > 1 else None
+    try:
+        yield
+    except (ClipTrainError, OSError):  # which all hear of; with anything else this process ends at once
+        _meet(group)
+        raise
+    _meet(group)
+
+
+def _meet(group: Any) -> None:
+    """Wait for all ranks, if there are others, and hear signals meanwhile, as a collective would not."""
+    if group is None:
+        return
+    work = dist.barrier(group, async_op=True)
+    assert work
+    while not work.is_completed():
+        time.sleep(_POLL_S)
+    work.wait()  # raises what went wrong
+
+
 def describe_weights(source: ModelSource, given: Mapping[str, Any]) -> dict[str, Any]:
     """Which weights they are, and where they were: for a model that is not on a device yet.
 
     Args:
-        given: what they were opened with.
+        given: what they were opened with; `weights` and `base` are places.
     """
+    places = {key: lasting(given[key]) for key in ("weights", "base") if given.get(key)}
     config = {key: value for key, value in source.config.items() if key != "grad_checkpointing"}
-    return {**given, "model": config, "sha256": weights_checksum(source.model.state_dict())}
+    return {**given, **places, "model": config, "sha256": weights_checksum(source.model.state_dict())}
 
 
 def _claim(folder: Path, manifest: Manifest) -> None:
-    """Say what the folder holds, or find that it holds the same."""
+    """Say what the folder holds, or find that it holds the same, and remove what a killed program had half written.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output={folder} is no folder: give another output=")
     if old := Manifest.read(folder):
         manifest.check_goes_on(old, folder)
-    if group_rank() == 0:
-        manifest.write(folder)
+    elif any(path.suffix != UNFINISHED and not path.name.startswith(".") for path in folder.glob("*")):
+        raise ConfigError(f"output={folder} holds something else than embeddings of clip-embed: give another output=")
+    for unfinished in (*folder.glob(f"*{UNFINISHED}"), *folder.glob(f"*/*{UNFINISHED}")):
+        unfinished.unlink(missing_ok=True)
+    manifest.write(folder)
 
 
 def _settings(options: EmbedOptions) -> dict[str, Any]:

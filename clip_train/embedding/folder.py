@@ -17,7 +17,7 @@ from clip_train.embedding.part_files import check_pyarrow, embedding_path, metad
 from clip_train.errors import DataError, first_line
 
 _ROWS_AT_ONCE = 65_536
-_FILES_KEPT = 256  # open tables of metadata, and mapped embeddings of each side
+_FILES_KEPT = 256  # mapped embeddings of each side, and row groups of metadata
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class EmbeddingFolder:
             raise DataError(f"embeddings={path} holds none (img_emb/*.npy, text_emb/*.npy): write them by clip-embed")
         parts = {tuple(_number(file) for file in files) for files in (*embeddings.values(), metadata)}
         if len(parts) > 1 or (manifest and len(metadata) != len(manifest.parts)):
-            raise DataError(f"embeddings={path} is not complete: start clip-embed again")
+            remedy = "start clip-embed again" if manifest else "each .npy needs a metadata/*.parquet of its number"
+            raise DataError(f"embeddings={path} is not complete: {remedy}")
         check_pyarrow()
         counts = {tuple(len(_mapped(file)) for file in files) for files in embeddings.values()}
         if counts != {tuple(_num_rows(file) for file in metadata)}:
@@ -87,7 +88,7 @@ class EmbeddingFolder:
     def rows(self, numbers: Sequence[int] | np.ndarray) -> list[dict[str, Any]]:
         """The metadata of some samples."""
         parts, rows = self._located(np.asarray(numbers, dtype=np.int64))
-        return [_table(self.metadata[part]).slice(row, 1).to_pylist()[0] for part, row in zip(parts, rows.tolist())]
+        return [_row(self.metadata[part], row) for part, row in zip(parts, rows.tolist())]
 
     def _located(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         parts = np.searchsorted(self.ends, numbers, side="right")
@@ -117,9 +118,14 @@ def _mapped(path: Path) -> np.ndarray:
     return values
 
 
-def _table(path: Path) -> Any:
+def _row(path: Path, row: int) -> dict[str, Any]:
+    """Of a file of metadata; no more is read than its row group."""
     with _readable(path):
-        return _read_table(path, _version(path))
+        version = _version(path)
+        ends = _group_ends(path, version)
+        group = int(np.searchsorted(ends, row, side="right"))
+        start = int(ends[group - 1]) if group else 0
+        return _read_group(path, version, group).slice(row - start, 1).to_pylist()[0]
 
 
 def _num_rows(path: Path) -> int:
@@ -151,7 +157,17 @@ def _map(path: Path, version: tuple[int, int]) -> np.ndarray:
 
 
 @lru_cache(_FILES_KEPT)
-def _read_table(path: Path, version: tuple[int, int]) -> Any:
+def _group_ends(path: Path, version: tuple[int, int]) -> np.ndarray:
+    """One past the last row of each row group."""
     from pyarrow import parquet
 
-    return parquet.read_table(path)
+    about = parquet.read_metadata(path)
+    return np.cumsum([about.row_group(group).num_rows for group in range(about.num_row_groups)])
+
+
+@lru_cache(_FILES_KEPT)
+def _read_group(path: Path, version: tuple[int, int], group: int) -> Any:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(path) as file:
+        return file.read_row_group(group)

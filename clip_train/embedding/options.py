@@ -47,7 +47,7 @@ class EmbedOptions:
     compile: bool
 
     def __post_init__(self) -> None:
-        if not self.sides or not set(self.sides) <= set(MODALITIES):
+        if not self._given or any(side not in MODALITIES for side in self._given):
             raise ConfigError(f"modality={self.modality} is none of image, text and [image,text]")
         for key in ("batch_size", "samples_per_part"):
             if getattr(self, key) < 1:
@@ -62,8 +62,11 @@ class EmbedOptions:
     @property
     def sides(self) -> tuple[str, ...]:
         """The modalities, in one order."""
-        given = [self.modality] if isinstance(self.modality, str) else list(self.modality)
-        return tuple(side for side in MODALITIES if side in given) if set(given) <= set(MODALITIES) else tuple(given)
+        return tuple(side for side in MODALITIES if side in self._given)
+
+    @property
+    def _given(self) -> list[Any]:
+        return self.modality if isinstance(self.modality, list) else [self.modality]
 
     @property
     def captions(self) -> CaptionSource:

@@ -22,6 +22,7 @@ from clip_train.shard_tools.damage import Damage
 
 _FOLDERS = {IMAGE: "img_emb", TEXT: "text_emb"}
 _ABOUT = b"clip_train"
+_ROWS_PER_GROUP = 2048  # of the metadata: who wants one row reads its group
 
 
 def embedding_path(folder: Path, side: str, number: int) -> Path:
@@ -73,7 +74,7 @@ def write_part(
     about = {"stamp": stamp, "samples": len(rows), "bad": bad}
     table = _table(rows, fields).replace_schema_metadata({_ABOUT: json.dumps(about)})
     with whole_file(metadata) as file:
-        parquet.write_table(table, file)
+        parquet.write_table(table, file, row_group_size=_ROWS_PER_GROUP)
 
 
 def read_about(folder: Path, number: int, sides: Sequence[str], stamp: str) -> tuple[int, list[Damage]] | None:

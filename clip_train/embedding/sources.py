@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from clip_train.data.index import ABSENT
+from clip_train.data.index import ABSENT, ShardIndex
 from clip_train.data.remote import scheme_of
 from clip_train.data.shards import expand_shards
-from clip_train.embedding.options import IMAGE, EmbedOptions
-from clip_train.errors import DataError
-from clip_train.evaluation.captioning import find_pictures
+from clip_train.embedding.options import IMAGE, TEXT, EmbedOptions
+from clip_train.errors import ConfigError, DataError
+from clip_train.evaluation.captioning import find_pictures, pictures_in
 from clip_train.shard_tools.access import ShardAccess
 from clip_train.shard_tools.samples import SampleTask, Selection, check_key
+
+_LOOKED_AT = 8  # shards in which files are looked for that another lacks, before a key is taken to be wrong
 
 
 class Sample(NamedTuple):
@@ -66,23 +68,34 @@ def find_sources(options: EmbedOptions, access: ShardAccess) -> Sequence[Source]
 
     Raises:
         DataError: a shard is missing.
-        ConfigError: the folder has no pictures.
+        ConfigError: the folder has no pictures, or pictures and shards.
     """
-    if os.path.isdir(os.path.expanduser(options.data)):
-        folder = os.path.expanduser(options.data)
-        if not any(Path(folder).glob("*.tar")):
-            return _of_pictures(folder, options)
-        shards = expand_shards(os.path.join(folder, "*.tar"), "data")
+    folder = Path(options.data).expanduser()
+    if folder.is_dir():
+        if not any(folder.glob("*.tar")):
+            return _of_pictures(str(folder), options)
+        if picture := next(pictures_in(folder), None):
+            raise ConfigError(
+                f"data={folder} has shards, and pictures too, such as {picture}: give data='{folder}/*.tar' for the"
+                " shards, or a folder of the pictures alone"
+            )
+        shards = expand_shards(str(folder / "*.tar"), "data")
     else:
         shards = expand_shards(options.data.split("::"), "data")
-    return [ShardSource(shard if scheme_of(shard) else os.path.abspath(shard), options, access) for shard in shards]
+    names = [shard if scheme_of(shard) else os.path.abspath(shard) for shard in shards]
+    return [ShardSource(name, names[:_LOOKED_AT], options, access) for name in names]
 
 
 @dataclass(frozen=True)
 class ShardSource:
-    """A shard is a part."""
+    """A shard is a part.
+
+    Attributes:
+        first: shards of the set, in which a key is looked for that this one has no files of.
+    """
 
     name: str
+    first: Sequence[str]
     options: EmbedOptions
     access: ShardAccess
 
@@ -99,15 +112,20 @@ class ShardSource:
         index, size = self.access.index(self.name), self.options.batch_size
         selection = Selection(self.options.image_key, self.options.caption_key, num_samples=None, seed=0)
         if IMAGE in self.options.sides:
-            check_key([index], "image_key", selection.image_key, selection.image_extensions)
-        if self.options.sides != (IMAGE,):
-            check_key([index], "caption_key", selection.caption_key, selection.captions.extensions)
+            self._check_key(index, "image_key", selection.image_key, selection.image_extensions)
+        if TEXT in self.options.sides:
+            self._check_key(index, "caption_key", selection.caption_key, selection.captions.extensions)
         extras = ("json",) if self.options.metadata else ()
         rows = range(index.num_samples)
         return [
             _ShardTask(SampleTask(index, rows[start : start + size], selection, self.access, extras))
             for start in range(0, len(rows), size)
         ]
+
+    def _check_key(self, index: ShardIndex, setting: str, value: object, extensions: Sequence[str]) -> None:
+        """One shard may lack such files, and its samples are listed as left out; in all, the key is wrong."""
+        if not set(extensions) & set(index.extensions):
+            check_key([index, *map(self.access.index, self.first)], f"data.{setting}", value, extensions)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def find_pictures(pattern: str, setting: str = "images") -> list[Path]:
     """
     path = Path(pattern)
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES]
+        found = list(pictures_in(path))
     elif path.exists():
         found = [path]
     else:
@@ -36,6 +36,11 @@ def find_pictures(pattern: str, setting: str = "images") -> list[Path]:
     if not found:
         raise ConfigError(f"{setting}={pattern}: no such picture, nor any in a folder of that name or by that pattern")
     return sorted(found)
+
+
+def pictures_in(folder: Path) -> Iterator[Path]:
+    """Those of a folder and its subfolders, in no order."""
+    return (file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
 
 
 def caption_pictures(

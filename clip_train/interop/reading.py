@@ -78,6 +78,11 @@ class _Found:
     quick_gelu: bool | None = None
 
 
+def lasting(source: str) -> str:
+    """The same weights' name from wherever they are read again: a path from the root, or a name on the Hub."""
+    return source if source.startswith(HUB) else str(Path(source).resolve())
+
+
 def read_weights(source: str, key: str, trunk: Collection[str] = (), ema: bool = False) -> Weights:
     """Read weights and bring them under our names.
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 
 from clip_train.embedding.folder import EmbeddingFolder
-from clip_train.errors import ConfigError, first_line
+from clip_train.errors import ConfigError, DataError, first_line
 
-_FILE = "clip_train_file"
-_CONDITIONS_KEPT = 16
+_FILE, _ROW = "clip_train_file", "clip_train_row"
+_CONDITIONS_KEPT = 8
 _LONGEST = 60  # seconds for a condition
+_MEMORY = "4GB"  # for a condition
 
 
 class MetadataFilter:
@@ -21,6 +22,7 @@ class MetadataFilter:
 
     Raises:
         ConfigError: DuckDB is not installed.
+        DataError: it cannot read the metadata.
     """
 
     def __init__(self, folder: EmbeddingFolder) -> None:
@@ -28,16 +30,23 @@ class MetadataFilter:
             import duckdb
         except ImportError as error:
             raise ConfigError("where= needs an extra: pip install 'clip_train[search]'") from error
-        self._error = duckdb.Error
+        from pyarrow import ArrowException
+
+        self._errors = (duckdb.Error, ArrowException, OSError, ValueError)  # ValueError: of half a surrogate pair
         self._folder = folder
-        files = [str(path) for path in folder.metadata]
-        self._starts = dict(zip(files, (folder.ends - np.asarray(folder.counts)).tolist()))
+        self._starts = folder.ends - np.asarray(folder.counts)
         self._connection = connection = duckdb.connect()
+        connection.execute(f"SET memory_limit = '{_MEMORY}'")
+        connection.execute("SET temp_directory = ''")  # else what does not fit into memory would fill the disk
         connection.execute("SET allowed_directories = $1", [[str(folder.metadata[0].parent)]])
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
-        table = f"read_parquet($1, union_by_name = true, filename = '{_FILE}', file_row_number = true)"
-        self._rows: Any = connection.sql(f"FROM {table}", params=[files])
+        place = f"file_index AS {_FILE}, file_row_number AS {_ROW}"  # numbers, as names would be one text per sample
+        table = f"SELECT *, {place} FROM read_parquet($1, union_by_name = true)"
+        try:
+            self._rows: Any = connection.sql(table, params=[[str(path) for path in folder.metadata]])
+        except self._errors as error:
+            raise DataError(f"where= cannot read the metadata of {folder.path}: {first_line(error)}") from error
         self._kept = lru_cache(_CONDITIONS_KEPT)(self._find)
 
     def __call__(self, where: str) -> np.ndarray:
@@ -45,15 +54,18 @@ class MetadataFilter:
         return self._kept(where)
 
     def _find(self, where: str) -> np.ndarray:
+        from pyarrow import RecordBatchReader
+
+        allowed = np.zeros(len(self._folder), dtype=bool)
         stop = threading.Timer(_LONGEST, self._connection.interrupt)
         stop.start()
         try:
-            found = self._rows.filter(where).project(f"{_FILE}, file_row_number").fetchnumpy()
-        except (self._error, ValueError) as error:  # ValueError: of half a surrogate pair
+            found = self._rows.filter(where).project(f"{_FILE}, {_ROW}")
+            for batch in RecordBatchReader.from_stream(found):  # by and by: all at once would take 16 bytes each
+                files, rows = (column.to_numpy() for column in batch.columns)
+                allowed[self._starts[files] + rows] = True
+        except self._errors as error:
             raise ConfigError(f"where={where}: {first_line(error)}") from error
         finally:
             stop.cancel()
-        allowed = np.zeros(len(self._folder), dtype=bool)
-        for file in np.unique(found[_FILE].astype(str)):
-            allowed[self._starts[file] + found["file_row_number"][found[_FILE] == file]] = True
         return allowed

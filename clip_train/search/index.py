@@ -17,7 +17,7 @@ KINDS = ("flat", "hnsw", "ivf_pq")
 _FLAT_BELOW, _HNSW_BELOW = 50_000, 1_000_000
 _HNSW_LINKS, _HNSW_EF_CONSTRUCTION = 32, 80
 _PER_LIST = 40  # samples per list that the lists are learned from
-_LEAST_PROBED = 16
+_PROBED = 4  # times the root of the number of lists are looked through: at a million, 128 of 1024
 _LARGEST_CODE = 64  # bytes
 _LEAST_LEARNED = 20_000
 
@@ -150,7 +150,7 @@ def search_parameters(about: IndexAbout, wanted: int, allowed: np.ndarray | None
     if about.kind == "hnsw":
         return faiss.SearchParametersHNSW(efSearch=max(128 * effort, wanted), **selector)
     lists = _num_lists(about.count)
-    return faiss.SearchParametersIVF(nprobe=min(lists, effort * max(_LEAST_PROBED, lists // 32)), **selector)
+    return faiss.SearchParametersIVF(nprobe=min(lists, effort * round(_PROBED * math.sqrt(lists))), **selector)
 
 
 def import_faiss() -> Any:

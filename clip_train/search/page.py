@@ -16,6 +16,7 @@ from clip_train.search.search import Searcher, SearchOptions
 
 _LOCAL = ("127.0.0.1", "localhost")
 _LARGEST_UPLOAD = 1 << 25  # bytes
+_TOO_LARGE = f"the picture is larger than {_LARGEST_UPLOAD >> 20} MiB: choose a smaller one"
 _MOST_RESULTS = 200
 _THUMBNAIL = 320  # pixels
 _GUARDS = {  # to the browser: nothing from elsewhere, and nothing for pages from elsewhere
@@ -108,6 +109,8 @@ def make_app(page: SearchPage) -> Any:
         import flask
     except ImportError as error:
         raise ConfigError("the page needs an extra: pip install 'clip_train[search]'") from error
+    from werkzeug.exceptions import HTTPException
+
     app = flask.Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = _LARGEST_UPLOAD
     if page.options.host in _LOCAL:
@@ -125,6 +128,7 @@ def make_app(page: SearchPage) -> Any:
         example = f'"{next(iter(columns))}" = ...' if columns else "caption like '%dog%'"
         sides, count = list(page.folder.embeddings), f"{len(page.folder):,}"
         about = {"count": count, "sides": sides, "example": example, "num_results": page.options.num_results}
+        about |= {"largest": _LARGEST_UPLOAD, "too_large": _TOO_LARGE}
         return flask.render_template("page.html", **about)
 
     @app.post("/search")
@@ -139,6 +143,13 @@ def make_app(page: SearchPage) -> Any:
     def picture(number: int) -> Any:
         found = page.picture(number)
         return flask.Response(found, mimetype="image/jpeg") if found else flask.abort(404)
+
+    @app.errorhandler(HTTPException)
+    def explain(error: HTTPException) -> Any:
+        if flask.request.path != "/search":
+            return error
+        reasons = {413: _TOO_LARGE, 500: "the search failed: the terminal of clip-search serve says why"}
+        return {"error": reasons.get(error.code or 500, error.description)}, error.code or 500
 
     @app.after_request
     def guard(response: Any) -> Any:

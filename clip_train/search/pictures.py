@@ -15,14 +15,14 @@ _QUALITY = 85
 
 def read_picture(row: Mapping[str, Any]) -> bytes | None:
     """The encoded picture that a row of metadata names; None if it is not on this machine."""
-    shard, path = row.get("shard"), row.get("image_path")
+    shard, offset, size, path = (row.get(name) for name in ("shard", "offset", "size", "image_path"))
     try:
         if shard:
-            if scheme_of(shard) or row["offset"] < 0:
+            if not isinstance(offset, int) or not isinstance(size, int) or offset < 0 or scheme_of(str(shard)):
                 return None
-            with open(shard, "rb") as file:
-                return os.pread(file.fileno(), row["size"], row["offset"])
-        if path and os.path.isfile(path):
+            with open(str(shard), "rb") as file:
+                return os.pread(file.fileno(), size, offset)
+        if isinstance(path, str) and os.path.isfile(path):
             with open(path, "rb") as file:
                 return file.read()
     except OSError:

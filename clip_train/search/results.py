@@ -1,4 +1,4 @@
-"""What was found, for people and programs: a table, JSON, and a sheet with pictures."""
+"""What was found, for people and programs: a table, JSON, a page and a sheet with pictures."""
 
 import base64
 import json
@@ -15,6 +15,7 @@ from clip_train.data.files import write_atomic
 from clip_train.errors import ConfigError, DataError
 from clip_train.search.pictures import read_picture, thumbnail
 from clip_train.search.search import Hit
+from clip_train.search.sheet import draw_sheet
 
 _THUMBNAIL = 200  # pixels
 _PLACE = ("image_path", "shard", "offset", "size")
@@ -52,7 +53,12 @@ def check_output(output: str) -> None:
 
 
 def write_results(output: str, answers: Sequence[Answer]) -> None:
-    """A file in the format that its name says. Raises DataError if it cannot be written."""
+    """A file in the format that its name says.
+
+    Raises:
+        DataError: it cannot be written.
+        ConfigError: there is too much for a picture.
+    """
     path = Path(output).expanduser()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +87,10 @@ def _write_html(path: Path, answers: Sequence[Answer]) -> None:
     write_atomic(path, page.render(answers=answers, read=read_picture, extra=extra_columns).encode())
 
 
+def _write_png(path: Path, answers: Sequence[Answer]) -> None:
+    write_atomic(path, draw_sheet(answers))
+
+
 def _data_url(encoded: bytes | None) -> str | None:
     small = thumbnail(encoded, _THUMBNAIL)
     return None if small is None else f"data:image/jpeg;base64,{base64.b64encode(small).decode()}"
@@ -89,4 +99,5 @@ def _data_url(encoded: bytes | None) -> str | None:
 _WRITERS: dict[str, Callable[[Path, Sequence[Answer]], None]] = {
     ".html": _write_html,
     ".json": _write_json,
+    ".png": _write_png,
 }

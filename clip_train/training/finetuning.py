@@ -1,7 +1,6 @@
 """What a run begins with: the weights of `init_from`, and the model adapted as `finetune` says."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
@@ -12,7 +11,7 @@ from clip_train.errors import ConfigError
 from clip_train.evaluation.zero_shot import set_classes
 from clip_train.interop.joining import read_base, read_whole
 from clip_train.interop.loading import load_weights
-from clip_train.interop.reading import HUB, Weights
+from clip_train.interop.reading import Weights, lasting
 from clip_train.models import DualEncoder
 from clip_train.models.adaptation import adapt, classifies, method_of, tower_of
 from clip_train.models.classifiers import Task
@@ -95,8 +94,7 @@ def _load_new_base(model: DualEncoder, cfg: DictConfig) -> Base:
     weights = _load_initial_weights(model, cfg)
     if not weights.complete:
         raise ConfigError(f"init_from={source} is an image tower alone; finetune={method} needs weights of both towers")
-    lasting = source if source.startswith(HUB) else str(Path(source).resolve())  # from wherever it is read again
-    return Base(lasting, bool(cfg.get("init_from_ema")), weights.checksum())
+    return Base(lasting(source), bool(cfg.get("init_from_ema")), weights.checksum())
 
 
 def _load_known_base(model: DualEncoder, cfg: DictConfig, checkpoint: Checkpoint) -> Base:

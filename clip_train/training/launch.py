@@ -3,7 +3,6 @@
 import logging
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 from lightning.fabric import Fabric
@@ -14,7 +13,6 @@ from lightning.pytorch.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from torch.distributed.constants import default_pg_timeout
 
 from clip_train.errors import ConfigError
 from clip_train.processes import die_with_parent
@@ -90,13 +88,10 @@ def started_by_lightning() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) > 0 and not TorchElasticEnvironment.detect()
 
 
-def join_ranks(world: World, timeout: timedelta = default_pg_timeout) -> torch.device:
+def join_ranks(world: World) -> torch.device:
     """Start the processes that no launcher has started, connect all, and tell this one's device.
 
     For programs without a Trainer, which does this for training.
-
-    Args:
-        timeout: how long a rank may wait for the others.
     """
     if started_by_lightning():
         die_with_parent()
@@ -105,7 +100,7 @@ def join_ranks(world: World, timeout: timedelta = default_pg_timeout) -> torch.d
         accelerator=world.accelerator,
         devices=world.devices,
         num_nodes=world.num_nodes,
-        strategy="auto" if world.size == 1 else DDPStrategy(timeout=timeout),
+        strategy="auto" if world.size == 1 else DDPStrategy(),
         plugins=[world.environment],
     )
     fabric.launch()

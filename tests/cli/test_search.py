@@ -6,12 +6,13 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 
-from clip_train.commands import search
+from clip_train.commands import embed, search
 from clip_train.commands.program import config_dir
 from tests.cli.embeddings import call, embed_shard
 from tests.conftest import encode_image, make_sample, write_shard
@@ -41,7 +42,7 @@ def test_a_picture_finds_itself_and_a_text_its_text(folder, tmp_path):
     assert "text.index: flat, 30 texts" in out
 
     (tmp_path / "photo.png").write_bytes(encode_image(7))
-    output = f"output=[{tmp_path}/found.json,{tmp_path}/found.html]"
+    output = f"output=[{tmp_path}/found.json,{tmp_path}/found.html,{tmp_path}/found.png]"
     code, out, err = call(search.main, "query", embeddings, f"image={tmp_path}/photo.png", "num_results=3", output)
     assert code == 0, err
     (answer,) = json.loads((tmp_path / "found.json").read_text())
@@ -54,6 +55,10 @@ def test_a_picture_finds_itself_and_a_text_its_text(folder, tmp_path):
     assert len(pictures) == 4  # that asked for, and three found
     assert Image.open(io.BytesIO(base64.b64decode(pictures[1]))).size == (20, 16)
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    sheet = np.asarray(Image.open(tmp_path / "found.png"), dtype=int)
+    picture = np.asarray(Image.open(tmp_path / "photo.png").convert("RGB"), dtype=int)
+    assert holds(sheet[64:], picture)  # what was found first, below what was asked for
+    assert holds(sheet[:64], picture)
 
     (tmp_path / "queries.txt").write_text("a red thing number 8\n\na <b>bold</b> [red]thing[/red]\n")
     given = (f"batch={tmp_path}/queries.txt", "target=text", "where=price < 10", f"output={tmp_path}/texts.json")
@@ -68,6 +73,30 @@ def test_a_picture_finds_itself_and_a_text_its_text(folder, tmp_path):
     )
     assert code == 0, err
     assert "<b>" not in (tmp_path / "text.html").read_text()
+
+
+def holds(sheet: np.ndarray, picture: np.ndarray) -> bool:
+    """Whether a picture is somewhere in another, to rounding."""
+    height, width = picture.shape[:2]
+    windows = np.lib.stride_tricks.sliding_window_view(sheet, (height, width), axis=(0, 1))
+    corners = np.argwhere((abs(windows[..., 0, 0] - picture[0, 0]) <= 2).all(axis=-1))
+    return any((abs(sheet[y : y + height, x : x + width] - picture) <= 2).all() for y, x in corners.tolist())
+
+
+def test_the_model_is_found_from_elsewhere_and_is_the_same(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    data = [f"data={folder}/00000.tar", "data.num_workers=0", "trainer.accelerator=cpu", "modality=text"]
+    given = ["--config-dir", "configs", "model=tiny", "weights=model.safetensors", f"output={tmp_path}/relative"]
+    code, _, error = call(embed.main, *given, *data)
+    assert code == 0, error
+    monkeypatch.chdir(tmp_path)
+    query = ["query", f"embeddings={tmp_path}/relative", "text=x", "target=text"]
+    code, _, error = call(search.main, *query)
+    assert code == 0, error
+    (folder / "configs" / "model" / "other.yaml").write_text(json.dumps(CLIP | {"image_mean": [0.1, 0.1, 0.1]}))
+    code, _, error = call(search.main, "query", "--config-dir", f"{folder}/configs", *query[1:], "model=other")
+    assert (code, error.count("\n")) == (2, 1)
+    assert f"model= is another than that of embeddings={tmp_path}/relative" in error
 
 
 def test_user_errors(folder, tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -68,7 +69,10 @@ def url(browser, emoji):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background have it ignored
     )
     assert process.stdout
+    too_long = threading.Timer(_SECONDS, process.kill)
+    too_long.start()
     address = process.stdout.readline().split(" ")[0]
+    too_long.cancel()
     assert address.startswith("http://127.0.0.1:"), process.communicate()
     yield address
     process.send_signal(signal.SIGINT)

@@ -31,6 +31,7 @@ class WarmProcess:
     ) -> None:
         self.args = [sys.executable, "-m", module, *arguments]
         self._files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115
+        self._texts: list[str] = []
         out, err = (_Descriptor(file.fileno()) for file in self._files)
         work = (module, list(arguments), dict(env), os.getcwd(), out, err, start_new_session)
         self._process = context.Process(target=_run, args=work)
@@ -61,16 +62,18 @@ class WarmProcess:
         self._process.join(timeout)
         if self.returncode is None:
             raise subprocess.TimeoutExpired(self.args, timeout or 0)
+        atexit.unregister(self.kill)  # which would keep this object, and its files open, to the end of all tests
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Its output and errors, when it has ended."""
         self.wait(timeout)
-        texts = []
         for file in self._files:
-            file.seek(0)
-            texts.append(file.read().decode(errors="replace"))
-        return texts[0], texts[1]
+            with file:
+                file.seek(0)
+                self._texts.append(file.read().decode(errors="replace"))
+        self._files = []
+        return self._texts[0], self._texts[1]
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:

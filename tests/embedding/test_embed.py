@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from clip_train.commands import embed
 from tests.cli.embeddings import call, write_model
-from tests.cli.warm_start import run_module
+from tests.cli.warm_start import WarmProcess, run_module
 from tests.conftest import encode_image, make_sample, write_shard
 from tests.interop.tiny import CLIP, ours
 
@@ -51,8 +51,7 @@ def arguments(folder: Path, output: str, *more: str) -> list[str]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".tmp"]  # of a kill
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +95,7 @@ def test_killed_in_the_middle_and_gone_on_with_by_two_processes_the_files_are_th
         time.sleep(0.001)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    (folder / "cut" / "img_emb" / "img_emb_00005.npy.1.tmp").write_bytes(b"half of it")  # as a kill can leave it
     kept = {path: path.stat().st_mtime_ns for path in (folder / "cut" / "metadata").glob("*.parquet")}
     done = run_module(MODULE, arguments(folder, "cut", "trainer.devices=2", "data.num_workers=1"), ENV, 600)
     assert done.returncode == 0, done.stderr
@@ -129,13 +129,48 @@ def test_another_model_or_other_settings_in_the_same_folder_are_one_line(whole, 
         ([f"data={folder}/00001.tar"], "holds embeddings of other data, 6 parts from "),
         ([f"data={folder}/none.tar"], "none.tar does not exist"),
         (["modality=sound"], "modality=sound is none of image, text and [image,text]"),
+        (["modality=null"], "modality=None is none of image, text and [image,text]"),
+        (["modality=[image,null]"], "modality=['image', None] is none of"),
+        (["metadata=null"], "metadata: "),
+        (["data.caption_key=null"], "caption_key"),
         (["data.image_key=tiff", f"output={folder}/new"], "image_key=tiff: no shard has such files"),
+        ([f"output={folder}/00000.tar"], f"output={folder}/00000.tar is no folder"),
+        (["trainer=null"], "trainer=null: the config of a group is chosen by its name"),
+        ([f"output={folder}/configs"], f"output={folder}/configs holds something else than embeddings of clip-embed"),
     ):
         code, _, error = call(embed.main, *arguments(folder, "whole"), *given)
         assert code == 2
         assert error.startswith("clip-embed: error: ") and error.count("\n") == 1, error
         assert message in error
     assert contents(whole) == before
+
+
+def test_a_signal_ends_it_with_the_exit_code_of_what_can_go_on(folder):
+    data = f"data=pipe:cat {folder}/00000.tar::pipe:sleep 600 #.tar"
+    process = WarmProcess(MODULE, arguments(folder, "stopped", data, f"data.cache_dir={folder}/cache"), ENV)
+    end = time.monotonic() + 600
+    while not list((folder / "stopped" / "metadata").glob("*.parquet")):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert error == "clip-embed: SIGINT: what is complete is kept; start it again to go on\n"
+
+
+def test_a_shard_without_captions_among_others_is_left_out_and_told_of(folder, tmp_path):
+    for name, keys in (("a", ("png", "txt")), ("b", ("png",))):
+        samples = [make_sample(number) for number in range(3)]
+        write_shard(tmp_path / f"{name}.tar", [{key: s[key] for key in ("__key__", *keys)} for s in samples])
+    code, out, error = call(embed.main, *arguments(folder, "lacking", f"data={tmp_path}/*.tar"))
+    assert code == 0, error
+    assert "3 samples in 2 parts" in out
+    skipped = (folder / "lacking" / "skipped.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in skipped[1:]] == 3 * [["caption_missing", f"{tmp_path}/b.tar"]]
+    (tmp_path / "sheet.png").write_bytes(encode_image(0))
+    code, _, error = call(embed.main, *arguments(folder, "mixed", f"data={tmp_path}"))
+    assert (code, error.count("\n")) == (2, 1)
+    assert f"has shards, and pictures too, such as {tmp_path}/sheet.png: give data='{tmp_path}/*.tar'" in error
 
 
 def test_a_folder_of_pictures(folder):

@@ -5,11 +5,16 @@ import shutil
 
 import numpy as np
 import pytest
+from pyarrow import Table, parquet
+from rich.console import Console
 
 from clip_train.embedding.folder import EmbeddingFolder
 from clip_train.embedding.options import IMAGE
 from clip_train.errors import ConfigError, DataError
+from clip_train.search import filters
 from clip_train.search.index import KINDS, IndexOptions, build_index, choose_kind, index_path, read_index
+from clip_train.search.pictures import read_picture
+from clip_train.search.results import Answer, print_table, write_results
 from clip_train.search.search import Searcher, SearchOptions
 from tests.search.folders import make_folder, unit_vectors
 
@@ -94,6 +99,24 @@ def test_conditions_reach_nothing_but_the_metadata(folder, tmp_path):
         assert "\n" not in str(raised.value)
 
 
+def test_a_condition_that_takes_too_much_memory_is_one_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(filters, "_MEMORY", "50MB")
+    monkeypatch.chdir(tmp_path)
+    many = "(select count(distinct a.range * b.range) from range(9000) a, range(9000) b) > price"
+    with pytest.raises(ConfigError, match=r"^where=.*Out of Memory") as raised:
+        Searcher(folder, IMAGE).allowed(many)
+    assert "\n" not in str(raised.value)
+    assert not list(tmp_path.iterdir())  # nor does it take the disk
+
+
+def test_a_row_of_metadata_is_read_with_few_others(tmp_path):
+    folder = make_folder(tmp_path, unit_vectors(5000, WIDTH), parts=2)
+    wanted = [4999, 0, 2047, 2048, 2499, 2500]
+    assert [row["key"] for row in folder.rows(wanted)] == [str(number) for number in wanted]
+    about = parquet.read_metadata(folder.metadata[0])
+    assert max(about.row_group(group).num_rows for group in range(about.num_row_groups)) <= 2048
+
+
 def test_near_copies_are_left_out_until_enough_are_found(tmp_path):
     vectors = unit_vectors(300, WIDTH)
     query = vectors[0]
@@ -142,8 +165,18 @@ def test_folders_of_clip_retrieval_are_read_and_others_refused(tmp_path):
     renamed = EmbeddingFolder.open(tmp_path)
     assert [row["key"] for row in renamed.rows(range(60))] == [str(i) for i in range(60)]
     assert np.array_equal(np.concatenate(list(renamed.blocks(IMAGE))), renamed.vectors(IMAGE, np.arange(60)))
+    for number, path in enumerate(renamed.metadata):  # with its columns, of which it does not write all always
+        columns = {"caption": [f"c{number}"] * 5, "width": [64] * 5, "shard": [7] * 5, "image_path": [None] * 5}
+        parquet.write_table(Table.from_pydict(columns if number else {"caption": ["c0"] * 5}), path)
+    hits = Searcher(renamed, IMAGE).search(unit_vectors(60, WIDTH)[2], SearchOptions(3, where="width is null"))
+    assert [(hit.number, hit.row) for hit in hits[:1]] == [(2, {"caption": "c0"})]
+    hits += Searcher(renamed, IMAGE).search(QUERIES[0], SearchOptions(60, where="width = 64"))
+    assert {read_picture(hit.row) for hit in hits} == {None}
+    print_table([Answer("x", None, hits)], Console())
+    for suffix in ("html", "json", "png"):
+        write_results(f"{tmp_path}/found.{suffix}", [Answer("x", None, hits)])
     renamed.metadata[3].unlink()
-    with pytest.raises(DataError, match="is not complete"):
+    with pytest.raises(DataError, match=r"is not complete: each \.npy needs a metadata/"):
         EmbeddingFolder.open(tmp_path)
     shutil.rmtree(tmp_path / "img_emb")
     with pytest.raises(DataError, match="holds none"):

@@ -28,15 +28,20 @@ function card(hit) {
   return item;
 }
 
+async function ask() {
+  // The server hangs up on a file that is too large, often before its answer can be read.
+  if (image.files[0]?.size > Number(form.dataset.largest)) return { error: form.dataset.tooLarge };
+  try {
+    return await (await fetch("/search", { method: "POST", body: new FormData(form) })).json();
+  } catch (error) {
+    return { error: "no answer: is clip-search serve still running?" };
+  }
+}
+
 async function search() {
   status.className = "";
   status.textContent = "…";
-  let answer;
-  try {
-    answer = await (await fetch("/search", { method: "POST", body: new FormData(form) })).json();
-  } catch (error) {
-    answer = { error: "no answer: is clip-search serve still running?" };
-  }
+  const answer = await ask();
   status.className = answer.error ? "error" : "";
   status.textContent = answer.error ?? `${answer.hits.length} found in ${answer.milliseconds.toFixed(0)} ms`;
   results.replaceChildren(...(answer.hits ?? []).map(card));
