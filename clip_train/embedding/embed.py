@@ -70,12 +70,14 @@ class _Part:
 
     def add(self, batch: PartBatch, loaded: LoadedModel, sides: Sequence[str]) -> None:
         """Embed a batch."""
-        ways = {IMAGE: (loaded.model.encode_image, batch.image), TEXT: (loaded.model.encode_text, batch.text)}
+        model, device = loaded.model, loaded.device
+        ways: dict[str, Callable[[], Tensor]] = {
+            IMAGE: lambda: model.encode_image(batch.image.to(device, non_blocking=True)),
+            TEXT: lambda: model.encode_text(batch.text),
+        }
         for side in sides:
-            encode, inputs = ways[side]
-            width = loaded.model.embed_dim
-            encoded = encode(inputs.to(loaded.device, non_blocking=True)) if batch.rows else torch.empty(0, width)
-            self.embeddings.setdefault(side, []).append(encoded.to(loaded.device))
+            encoded = ways[side]() if batch.rows else torch.empty(0, model.embed_dim, device=device)
+            self.embeddings.setdefault(side, []).append(encoded)
         self.rows += batch.rows
         self.bad += batch.bad
 

@@ -47,7 +47,7 @@ def encode_pairs(
             error = error or batch["error"]
             if not error and len(batch["image"]):
                 images.append(model.encode_image(batch["image"].to(device)))
-                texts.append(model.encode_text(batch["text"].to(device)))
+                texts.append(model.encode_text(batch["text"]))
     model.train(was_training)
     raise_everywhere(error)
     sizes = rank_sizes(len(batches), world_size)

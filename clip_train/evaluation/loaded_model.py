@@ -68,7 +68,7 @@ def load_model(
     model = source.model.to(device)
     if compile:
         model.vision.compile()
-        model.text.compile()
+        model.text.trunk.compile(dynamic=True)  # texts come in groups of several lengths
     return LoadedModel(source, tokenizer, device, precision, batch_size, num_workers)
 
 

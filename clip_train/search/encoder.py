@@ -56,7 +56,7 @@ class QueryEncoder:
     def texts(self, texts: Sequence[str]) -> Float[np.ndarray, "texts embed"]:
         """Unit vectors."""
         ids = torch.from_numpy(self.loaded.tokenizer(texts))
-        parts = [self.loaded.model.encode_text(part.to(self.loaded.device)) for part in ids.split(64)]
+        parts = [self.loaded.model.encode_text(part) for part in ids.split(64)]
         return torch.cat(parts).float().cpu().numpy()
 
     @torch.no_grad()
