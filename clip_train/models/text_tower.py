@@ -7,6 +7,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
 
 from clip_train.data.tokenizer import VOCAB_SIZE
 from clip_train.errors import ConfigError, first_line
+from clip_train.models.fast_layers import use_fast_layers
 from clip_train.models.projection import make_projection
 from clip_train.models.text_lengths import TokenIds, encode_by_length
 
@@ -102,7 +103,7 @@ def create_clip_text(
     """
     if width % heads:
         raise ConfigError(f"model.text: width={width} is not a multiple of heads={heads}")
-    return CLIPTextModel(
+    trunk = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=vocab_size,
             hidden_size=width,
@@ -118,6 +119,8 @@ def create_clip_text(
             pad_token_id=0,
         )
     )
+    use_fast_layers(trunk)
+    return trunk
 
 
 def checkpoint_blocks(trunk: PreTrainedModel) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clip_train.errors import ConfigError, first_line
 from clip_train.hub import heed_network
 from clip_train.models import align_vision as align_vision  # registers its model with timm
+from clip_train.models.fast_layers import use_fast_layers
 from clip_train.models.projection import make_projection
 
 
@@ -78,7 +79,7 @@ def create_trunk(
 ) -> nn.Module:
     """A model of timm that returns features; the arguments are those of `VisionTower`, and so are the errors."""
     options = {"num_classes": 0, **_activation(quick_gelu), **options, **_patch_dropout(patch_dropout)}
-    return _create_model(name, image_size, pretrained, options)
+    return use_fast_layers(_create_model(name, image_size, pretrained, options))
 
 
 def checkpoint_trunk(trunk: nn.Module) -> None:

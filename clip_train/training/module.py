@@ -14,6 +14,7 @@ from torch import Tensor
 from clip_train.data.batches import Batch
 from clip_train.data.keyed_random import MODEL_NOISE, keyed_bits
 from clip_train.models import DualEncoder
+from clip_train.models.cpu_attention import fast_attention
 from clip_train.models.locking import fixed_names
 from clip_train.models.text_lengths import with_lengths
 from clip_train.training.bad_step import clip_or_skip, restore_unless, running_statistics, telling_seed
@@ -92,7 +93,8 @@ class ClipModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         statistics = running_statistics(self.model)
-        with explained_out_of_memory(self.micro_batch_size, self.clock.batch_size // self.trainer.world_size):
+        fitting = explained_out_of_memory(self.micro_batch_size, self.clock.batch_size // self.trainer.world_size)
+        with fast_attention(self.device), fitting:
             loss = self._backward(batch)
             self.step_metrics = {"train/loss": loss, "train/logit_scale": self.model.logit_scale.detach().exp()}
             for source in (self.loss, self.teacher):

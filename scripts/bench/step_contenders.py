@@ -26,6 +26,7 @@ from clip_train.data.shards import expand_shards
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder
+from clip_train.models.cpu_attention import fast_attention
 from clip_train.models.text_lengths import with_lengths
 from clip_train.training.cached_gradients import cached_backward
 from clip_train.training.optimizer import build_optimizer
@@ -136,7 +137,7 @@ def _ours(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        with _autocast(job):
+        with fast_attention(torch.device(job.device)), _autocast(job):
             scalars = encoder.logit_parameters()
             if micro_batch is None:
                 backward(contrastive_loss(*encoder(*inputs), **scalars))
