@@ -115,12 +115,6 @@ class EvalBatches(Dataset[Batch]):
         return np.cumsum(self.reader.counts)
 
 
-def rank_sizes(num_samples: int, world_size: int) -> list[int]:
-    """How many samples each rank has, if every one has a contiguous part."""
-    edges = [num_samples * rank // world_size for rank in range(world_size + 1)]
-    return [last - first for first, last in pairwise(edges)]
-
-
 def rank_slices(num_samples: int, rank: int, world_size: int, max_batch: int) -> list[range]:
     """This rank's contiguous part of a set, in as many slices of at most `max_batch` as every other rank has."""
     first, last = num_samples * rank // world_size, num_samples * (rank + 1) // world_size

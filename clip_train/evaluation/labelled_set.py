@@ -7,12 +7,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from clip_train.data.class_names import DEFAULT_TEMPLATE, ClassNames, read_class_names
 from clip_train.data.eval_batches import EvalBatches, SampleReader
+from clip_train.data.fingerprint import describe_shards, digest
 from clip_train.data.known_classes import find_templates, known_names, known_templates
 from clip_train.data.labelled import Shards, open_labelled, set_name
 from clip_train.data.remote_shards import open_shards
 from clip_train.data.shards import expand_shards
-from clip_train.distributed import group_rank, group_size
-from clip_train.errors import ConfigError
+from clip_train.distributed import agreed, gather_objects, group_rank, group_size
+from clip_train.errors import ConfigError, DataError
 from clip_train.evaluation.loaded_model import LoadedModel
 from clip_train.shard_tools.access import ShardAccess
 from clip_train.typed_config import typed
@@ -78,18 +79,30 @@ def open_labelled_set(
 
     Raises:
         ConfigError: a value cannot be used.
-        DataError: the set cannot be read.
+        DataError: on every rank, if one cannot read the set, or sees another one.
     """
     address = address or data_address(cfg)
-    reader = open_labelled(
-        address,
-        chosen.split,
-        image_key=cfg.data.image_key,
-        open_shards=shard_opener(cfg, setting),
-        choose_classes=chosen.choose_classes,
-        setting=setting,
-    )
+    with agreed():
+        reader = open_labelled(
+            address,
+            chosen.split,
+            image_key=cfg.data.image_key,
+            open_shards=shard_opener(cfg, setting),
+            choose_classes=chosen.choose_classes,
+            setting=setting,
+        )
+    check_same(reader, f"{setting}={address}")
     return chosen.dataset or set_name(address, chosen.split), eval_batches(reader, loaded, cfg, with_labels=True)
+
+
+def check_same(reader: SampleReader, setting: str) -> None:
+    """Raises DataError on every rank if they do not see the same set.
+
+    Args:
+        setting: the config key and its value, for the error.
+    """
+    if len(set(gather_objects([digest(describe_shards(reader))]))) > 1:
+        raise DataError(f"{setting}: the ranks see different shards or class names, or different numbers of samples")
 
 
 def data_address(cfg: DictConfig) -> str:

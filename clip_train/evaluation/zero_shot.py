@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_train.data.class_names import ClassNames
-from clip_train.data.eval_batches import EvalBatches, rank_sizes
+from clip_train.data.eval_batches import EvalBatches
 from clip_train.data.tokenizer_choice import CaptionTokenizer
-from clip_train.distributed import gather_ragged, group_rank, group_size
+from clip_train.distributed import agreed, gather_parts, own_part
 from clip_train.evaluation.classification import Classify
 from clip_train.heartbeat import beat
 from clip_train.models import DualEncoder
@@ -37,21 +37,20 @@ def class_embeddings(
         batch_size: about how many captions at a time, but all of a class.
         device: where the text tower is.
     """
-    sizes = rank_sizes(len(classes), group_size())
-    first = sum(sizes[: group_rank()])
-    own = [classes.captions(label) for label in range(first, first + sizes[group_rank()])]
+    own = [classes.captions(label) for label in own_part(len(classes))]
     step = max(1, batch_size // max(map(len, own), default=1))
     means = []
-    for start in range(0, len(own), step):
-        beat()
-        some = own[start : start + step]
-        ids = tokenizer([caption for captions in some for caption in captions])
-        encoded = encode_text(torch.from_numpy(ids).to(device)).float().split([len(captions) for captions in some])
-        means.append(F.normalize(torch.stack([captions.mean(0) for captions in encoded]), dim=-1))
-    if not means:  # more ranks than classes: take part with no rows, of the others' width
-        ids = torch.from_numpy(tokenizer(classes.captions(0)[:1])).to(device)
-        means.append(encode_text(ids).float()[:0])
-    return gather_ragged(torch.cat(means), sizes)
+    with agreed(batch_size):
+        for start in range(0, len(own), step):
+            beat()
+            some = own[start : start + step]
+            ids = tokenizer([caption for captions in some for caption in captions])
+            encoded = encode_text(torch.from_numpy(ids).to(device)).float().split([len(captions) for captions in some])
+            means.append(F.normalize(torch.stack([captions.mean(0) for captions in encoded]), dim=-1))
+        if not means:  # more ranks than classes: take part with no rows, of the others' width
+            ids = torch.from_numpy(tokenizer(classes.captions(0)[:1])).to(device)
+            means.append(encode_text(ids).float()[:0])
+    return gather_parts(torch.cat(means), len(classes))
 
 
 @torch.no_grad()

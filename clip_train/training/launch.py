@@ -16,6 +16,7 @@ from lightning.pytorch.plugins.environments import (
 )
 from torch.distributed.constants import default_pg_timeout
 
+from clip_train.distributed import host_group
 from clip_train.errors import ConfigError
 from clip_train.processes import die_with_parent
 
@@ -109,6 +110,8 @@ def join_ranks(world: World, timeout: timedelta = default_pg_timeout) -> torch.d
         plugins=[world.environment],
     )
     fabric.launch()
+    if world.size > 1:
+        host_group(timeout=timeout)
     return fabric.device
 
 

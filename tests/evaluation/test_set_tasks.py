@@ -10,6 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
 from clip_train.data.long_captions import split_sentences
+from clip_train.distributed import group_rank
 from clip_train.errors import ConfigError, DataError
 from clip_train.evaluation.loaded_model import LoadedModel, load_model
 from clip_train.evaluation.results import Results
@@ -161,6 +162,24 @@ def test_retrieval_on_several_ranks(described, pool):
 
 def retrieval_on_a_rank(folder: Path) -> dict[str, float]:
     return dict(run(folder, "retrieval", f"data.path={folder}/*.tar", r"task.caption_key=json\:captions").metrics)
+
+
+def test_what_only_one_rank_lacks_ends_both(described, pool, tmp_path):
+    (tmp_path / "0").symlink_to(described)
+    for said in pool.run(error_on_a_rank, tmp_path):
+        assert said == f"data: no file matches {tmp_path}/1/*.tar"
+    (tmp_path / "1").mkdir()
+    write_shard(tmp_path / "1" / "00000.tar", [{"__key__": "0", "png": encode_image(0), "json": {"captions": ["a"]}}])
+    for said in pool.run(error_on_a_rank, tmp_path):
+        assert "the ranks see different shards" in said
+
+
+def error_on_a_rank(folder: Path) -> str:
+    """Where each rank has data of its own."""
+    data = f"data.path={folder}/{group_rank()}/*.tar"
+    with pytest.raises(DataError) as error:
+        run(folder, "retrieval", data, r"task.caption_key=json\:captions")
+    return str(error.value).partition(" (")[0]
 
 
 def test_retrieval_that_cannot_be(described, tmp_path):
