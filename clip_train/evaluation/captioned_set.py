@@ -9,13 +9,21 @@ from jaxtyping import Float, Int64
 from omegaconf import DictConfig
 from torch import Tensor
 
+from clip_train.data.captions import CaptionSource
 from clip_train.data.eval_batches import EvalBatches, rank_slices
 from clip_train.data.labelled import set_name, shard_patterns
 from clip_train.data.loader import make_loader
 from clip_train.data.pairs import PairReader
 from clip_train.distributed import agreed, gather_objects, gather_parts, group_rank, group_size, own_part
-from clip_train.errors import DataError
-from clip_train.evaluation.labelled_set import check_same, data_address, eval_batches, shard_opener
+from clip_train.errors import ConfigError, DataError
+from clip_train.evaluation.labelled_set import (
+    check_same,
+    data_address,
+    eval_batches,
+    image_key,
+    shard_access,
+    shard_opener,
+)
 from clip_train.evaluation.loaded_model import LoadedModel, check_numbers
 from clip_train.evaluation.long_text import embed_texts
 from clip_train.heartbeat import beat
@@ -30,12 +38,21 @@ class CaptionedSet:
         dataset: its name in the results; None for its folder's.
         caption_key: `txt`, of which each line is a caption, or `json:path`, a text or a list of them.
         distinct_texts: captions that are the same, word by word, are one text, which belongs to all their images.
+
+    Raises:
+        ConfigError: `caption_key` is of neither form.
     """
 
     split: str
     dataset: str | None
     caption_key: str
     distinct_texts: bool
+
+    def __post_init__(self) -> None:
+        try:
+            CaptionSource.parse(self.caption_key)
+        except ConfigError as error:
+            raise ConfigError(f"task.{error}") from error
 
 
 class CaptionedImages(NamedTuple):
@@ -59,12 +76,13 @@ def open_captioned_set(chosen: CaptionedSet, loaded: LoadedModel, cfg: DictConfi
         ConfigError: a value cannot be used.
         DataError: on every rank, if one cannot read the set or sees another, or samples lack an image or a caption.
     """
-    address = data_address(cfg)
+    address, access = data_address(cfg), shard_access(cfg)
     with agreed():
-        patterns = shard_patterns(address, chosen.split)
+        patterns = shard_patterns(address, chosen.split, retries=access.retries, timeout=access.timeout)
         if patterns is None:
             raise DataError(f"data={address}: there are no shards (*.tar) in this folder")
-        reader = PairReader(shard_opener(cfg)(patterns), cfg.data.image_key, chosen.caption_key, "task")
+        shards = shard_opener(access)(patterns)
+        reader = PairReader(shards, image_key(cfg), chosen.caption_key, caption_setting="task.caption_key")
         if reader.num_incomplete:
             raise DataError(f"data={address}: {reader.num_incomplete} samples lack an image or a caption")
     check_same(reader, f"data={address}")

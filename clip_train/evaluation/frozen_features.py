@@ -89,7 +89,7 @@ def open_probe(loaded: LoadedModel, cfg: DictConfig) -> Probe:
     name, test = open_labelled_set(chosen, loaded, cfg)
     train_part = replace(chosen, split=learned.train_split)
     address, setting = learned.train or data_address(cfg), "task.train" if learned.train else "data"
-    _, train = open_labelled_set(train_part, loaded, cfg, address, setting)
+    _, train = open_labelled_set(train_part, loaded, cfg, address, setting, "task.train_split")
     if train.reader.shard_names == test.reader.shard_names:
         raise ConfigError(f"{setting}={address}: these are the images that data names; give task.train=...")
     classes = set_classes(test)

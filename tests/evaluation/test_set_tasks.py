@@ -189,6 +189,13 @@ def test_retrieval_that_cannot_be(described, tmp_path):
         (ConfigError, [data, "task.long_text=mean"], r"^task\.long_text=mean is none of truncate, chunk_mean"),
         (ConfigError, [data, "task.stride=99"], r"^task\.stride=99 is not a number of tokens between 1 and the 14"),
         (DataError, [data], r"has no captions under task\.caption_key=txt"),
+        (ConfigError, [data, r"task.caption_key=yaml\:a"], r"^task\.caption_key='yaml:a' is neither"),
+        (DataError, [data, "data.image_key=tiff"], r"has no images under data\.image_key=tiff"),
+        (ConfigError, [data, "data.image_key=[png,jpg]"], r"^data\.image_key=\['png', 'jpg'\] is not extensions"),
+        (ConfigError, [data, "data.image_key=null"], r"^data\.image_key=None is not extensions"),
+        (ConfigError, [data, "data.retries=-1"], r"^data\.retries=-1 is negative"),
+        (ConfigError, [data, "data.cache_size=much"], r"^data\.cache_size=much"),
+        (ConfigError, [data, "data.timeout=soon"], r"^data\.timeout: "),
         (DataError, [f"data.path={tmp_path}"], r"there are no shards"),
     ):
         with pytest.raises(error, match=message):
