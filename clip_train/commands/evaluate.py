@@ -22,8 +22,8 @@ def _evaluate(cfg: DictConfig) -> int:
     from pathlib import Path
 
     from omegaconf import OmegaConf
-    from rich.console import Console
 
+    from clip_train.commands.console import log_to_terminal
     from clip_train.distributed import agreed, group_rank, of_first_rank
     from clip_train.errors import ConfigError
     from clip_train.evaluation.loaded_model import load_model
@@ -43,6 +43,7 @@ def _evaluate(cfg: DictConfig) -> int:
     if cfg.task.name not in TASKS:
         raise ConfigError(f"task.name={cfg.task.name} is none of {', '.join(TASKS)}")
     world = find_world(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.num_nodes)
+    console = log_to_terminal(first_rank=world.rank == 0)
     workers = num_workers(cfg.data.num_workers, world, "data.num_workers")
     model = OmegaConf.to_container(cfg.model, resolve=True) if "model" in cfg else None
     weights = WeightSource(str(cfg.weights), ema=bool(cfg.ema), base=cfg.base and str(cfg.base))
@@ -65,7 +66,7 @@ def _evaluate(cfg: DictConfig) -> int:
     if group_rank() == 0:
         with writing_into(folder):
             write_results(results, folder, _model_name(cfg, source.manifest), str(cfg.weights))
-        print_results(results, Console())
+        print_results(results, console)
         print(f"wrote {folder}/results.json and results.csv")
     return EXIT_DONE
 

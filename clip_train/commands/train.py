@@ -41,10 +41,10 @@ def _train(cfg: DictConfig) -> int:
 
     _choose_run_length(cfg, list(HydraConfig.get().overrides.task))
     _name_to_config(cfg, "distill.model")
-    console = _console()  # imports stay in here: see program.py
+    from clip_train.commands.console import log_to_terminal  # imports stay in here: see program.py
     from clip_train.training.run import train
 
-    summary = train(cfg, console)
+    summary = train(cfg, log_to_terminal())
     ignore_signals()
     return EXIT_RESUMABLE if summary["stopped_by_signal"] and not summary["complete"] else EXIT_DONE
 
@@ -73,25 +73,6 @@ def _name_to_config(cfg: DictConfig, key: str) -> None:
     if isinstance(name, str):
         model = compose("train", [f"model={name}"]).model
         OmegaConf.update(cfg, key, OmegaConf.to_container(model, resolve=True), force_add=True)
-
-
-def _console():
-    import logging
-
-    from rich.console import Console
-    from rich.logging import RichHandler
-
-    console = Console()
-    if console.is_terminal:  # print above the progress bar
-        handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="[%X]")
-    else:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%X"))
-    logger = logging.getLogger("clip_train")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    return console
 
 
 if __name__ == "__main__":

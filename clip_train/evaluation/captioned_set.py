@@ -26,7 +26,7 @@ from clip_train.evaluation.labelled_set import (
 )
 from clip_train.evaluation.loaded_model import LoadedModel, check_numbers
 from clip_train.evaluation.long_text import embed_texts
-from clip_train.heartbeat import beat
+from clip_train.evaluation.progress import told
 
 
 @dataclass(frozen=True)
@@ -104,8 +104,7 @@ def encode_images(loaded: LoadedModel, batches: EvalBatches, distinct_texts: boo
     own: list[list[str]] = []
     slices = rank_slices(len(batches), group_rank(), group_size(), loaded.batch_size)
     with agreed(loaded.batch_size), loaded.autocast():
-        for batch in make_loader(batches, slices, loaded.num_workers):
-            beat()
+        for batch in told(make_loader(batches, slices, loaded.num_workers), len(batches)):
             if batch["error"]:
                 raise DataError(batch["error"])
             if len(batch["image"]):

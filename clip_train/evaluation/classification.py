@@ -12,7 +12,7 @@ from clip_train.data.eval_batches import EvalBatches, rank_slices
 from clip_train.data.loader import make_loader
 from clip_train.distributed import agreed, gather_parts, group_rank, group_size
 from clip_train.errors import DataError
-from clip_train.heartbeat import beat
+from clip_train.evaluation.progress import told
 
 MOST_CONFUSED = 2000  # classes that a confusion matrix is drawn and written of
 METRICS = ("top1", "top5", "mean_per_class_recall")
@@ -66,8 +66,7 @@ def classify_set(
     confidences = [torch.empty(0, device=device)]
     slices = rank_slices(len(batches), group_rank(), group_size(), batch_size)
     with agreed(batch_size), autocast:
-        for batch in make_loader(batches, slices, num_workers):
-            beat()
+        for batch in told(make_loader(batches, slices, num_workers), len(batches)):
             if batch["error"]:
                 raise DataError(batch["error"])
             if len(batch["image"]):

@@ -19,7 +19,7 @@ from clip_train.data.fingerprint import describe_shards
 from clip_train.data.loader import make_loader
 from clip_train.distributed import agreed, group_rank, group_size, of_first_rank
 from clip_train.errors import DataError
-from clip_train.heartbeat import beat
+from clip_train.evaluation.progress import told
 from clip_train.models import DualEncoder
 
 log = logging.getLogger(__name__)
@@ -93,12 +93,12 @@ def compute_features(
     with agreed(batch_size), _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         slices = [parts[n][start : start + batch_size] for n in own for start in range(0, len(parts[n]), batch_size)]
-        batches = iter(make_loader(pictures, slices, num_workers) if slices else ())
+        loader = make_loader(pictures, slices, num_workers) if slices else ()
+        batches = told(loader, sum(len(parts[number]) for number in missing))
         for number in own:
             features, labels, bad = [], [], []
             while len(labels) < len(parts[number]):
                 batch = next(batches)
-                beat()
                 if batch["error"]:
                     raise DataError(batch["error"])
                 with autocast():

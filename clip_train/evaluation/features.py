@@ -11,8 +11,8 @@ from clip_train.data.eval_batches import EvalBatches, rank_slices
 from clip_train.data.loader import make_loader
 from clip_train.distributed import agreed, gather_parts, group_rank, group_size
 from clip_train.errors import DataError
+from clip_train.evaluation.progress import told
 from clip_train.evaluation.zero_shot import evaluating
-from clip_train.heartbeat import beat
 from clip_train.models import DualEncoder
 
 
@@ -42,8 +42,7 @@ def encode_pairs(
     images, texts = [torch.empty(0, width, device=device)], [torch.empty(0, width, device=device)]
     slices = rank_slices(len(batches), group_rank(), group_size(), batch_size)
     with agreed(batch_size), evaluating(model), autocast:
-        for batch in make_loader(batches, slices, num_workers):
-            beat()
+        for batch in told(make_loader(batches, slices, num_workers), len(batches)):
             if batch["error"]:
                 raise DataError(batch["error"])
             if len(batch["image"]):

@@ -96,6 +96,7 @@ def test_robustness_has_a_row_for_each_corruption(tmp_path, weights, pattern):
     rows = list(csv.DictReader(io.StringIO(files["results.csv"].decode())))
     assert [row["variant"] for row in rows][:3] == ["", "resize=0.25", "jpeg_quality=50"]
     accuracies = [float(row["acc1"]) for row in rows]
+    assert all(0 < float(row["ece"]) < 1 for row in rows)
     results = json.loads(files["results.json"])
     assert results["dataset"] == "mine"
     assert results["metrics"]["mean_corrupted_acc1"] == pytest.approx(sum(accuracies[1:]) / len(accuracies[1:]))
