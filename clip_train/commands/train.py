@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_train.errors import ConfigError
@@ -45,8 +46,28 @@ def _train(cfg: DictConfig) -> int:
     from clip_train.training.run import train
 
     summary = train(cfg, log_to_terminal())
+    if cfg.eval.report:
+        _report(Path(str(cfg.output_dir)) / cfg.run_name)
     ignore_signals()
     return EXIT_RESUMABLE if summary["stopped_by_signal"] and not summary["complete"] else EXIT_DONE
+
+
+def _report(folder: Path) -> None:
+    """Write the page that shows the run, which is over: where that cannot be, the log says so."""
+    import logging
+
+    from clip_train.distributed import group_rank
+    from clip_train.errors import DataError
+
+    if group_rank() > 0:
+        return
+    from clip_train.report.run_report import write_report  # matplotlib takes a second
+
+    log = logging.getLogger("clip_train.commands.train")  # under `python -m` this module has another name
+    try:
+        log.info("wrote %s", write_report(folder))
+    except (DataError, OSError, ValueError, MemoryError) as error:
+        log.error("NO REPORT: %s", error)
 
 
 def _choose_run_length(cfg: DictConfig, overrides: list[str]) -> None:

@@ -78,7 +78,7 @@ class _Keys(NamedTuple):
 
     images: list[str]
     captions: CaptionSource
-    caption_key: str | Mapping[str, float]
+    caption_key: str | Mapping[str, float] | None
     image_setting: str
     caption_setting: str
 
@@ -99,7 +99,7 @@ class PairReader:
     Args:
         shards: from `load_indexes`, or shards elsewhere.
         image_key: extensions that hold the image, `;` between them; the first that a sample has is taken.
-        caption_key: see `CaptionSource`.
+        caption_key: see `CaptionSource`; None for pictures alone, whatever else there is.
         setting: where the two keys are in the config, for errors.
         classes: what the numbers in `cls` files stand for, for the caption key `cls`.
         caption_setting: the caption key's own name in the config; None if it stands beside the other.
@@ -112,12 +112,12 @@ class PairReader:
         self,
         shards: Sequence[ShardIndex | RemoteShard],
         image_key: str,
-        caption_key: str | Mapping[str, float],
+        caption_key: str | Mapping[str, float] | None,
         setting: str = "data",
         classes: ClassNames | None = None,
         caption_setting: str | None = None,
     ) -> None:
-        captions = CaptionSource.parse(caption_key, classes)
+        captions = CaptionSource.none() if caption_key is None else CaptionSource.parse(caption_key, classes)
         settings = f"{setting}.image_key", caption_setting or f"{setting}.caption_key"
         keys = _Keys(image_key.split(";"), captions, caption_key, *settings)
         self._shards = list(shards)
@@ -301,20 +301,21 @@ def _complete_rows(index: ShardIndex, keys: _Keys) -> np.ndarray | None:
     if not images:
         wanted = ";".join(keys.images)
         raise DataError(f"shard {index.shard} has no images under {keys.image_setting}={wanted} ({found})")
-    if not captions:
+    if not captions and keys.caption_key is not None:
         raise DataError(
             f"shard {index.shard} has no captions under {keys.caption_setting}={keys.caption_key} ({found})"
         )
     count = dict(zip(index.extensions, index.files_per_extension))
-    if all(any(count[e] == index.num_samples for e in extensions) for extensions in (images, captions)):
+    needed = [images, captions] if captions else [images]
+    if all(any(count[e] == index.num_samples for e in extensions) for extensions in needed):
         return None
     present = index.read_extents()[:, :, 0] != ABSENT
-    has_image, has_caption = (
-        present[:, [index.extensions.index(extension) for extension in extensions]].any(axis=1)
-        for extensions in (images, captions)
-    )
-    rows = np.flatnonzero(has_image & has_caption)
+    has_each = [
+        present[:, [index.extensions.index(extension) for extension in extensions]].any(axis=1) for extensions in needed
+    ]
+    rows = np.flatnonzero(np.logical_and.reduce(has_each))
     if len(rows) == 0:
         wanted = " or ".join(captions)
-        raise DataError(f"shard {index.shard} has no sample with both an image and a {wanted} caption ({found})")
+        lacking = f"both an image and a {wanted} caption" if captions else "an image"
+        raise DataError(f"shard {index.shard} has no sample with {lacking} ({found})")
     return rows
