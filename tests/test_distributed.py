@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from omegaconf import DictConfig
 
+from clip_train.commands.program import run_program
 from clip_train.distributed import agreed, gather_parts, group_rank, of_first_rank, own_part
 from clip_train.errors import ClipTrainError, ConfigError, DataError, FaultError, OutOfMemoryError
+from tests.cli.embeddings import call
 from tests.ranks import RankPool
 
 ERRORS = {
@@ -55,7 +58,14 @@ def test_alone_an_error_keeps_its_type():
             raise ERRORS[kind]
     with pytest.raises(KeyError), agreed():
         raise ERRORS["fault"]
-    assert issubclass(FaultError, ClipTrainError)
+
+
+def test_a_fault_of_another_rank_is_no_error_of_the_user():
+    def task(cfg: DictConfig) -> int:
+        raise FaultError("rank 1: KeyError: 'lost'")
+
+    code, _, error = call(lambda: run_program("clip-eval", "eval", task))
+    assert (code, error) == (1, "clip-eval: error: rank 1: KeyError: 'lost'\n")
 
 
 def parts(count: int) -> tuple[list[int], list[int], str]:

@@ -101,7 +101,8 @@ def join_ranks(world: World, timeout: timedelta = default_pg_timeout) -> torch.d
     """
     if started_by_lightning():
         die_with_parent()
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for part in ("fabric", "pytorch"):  # which of the two announces the processes depends on what was imported
+        logging.getLogger(f"lightning.{part}").setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator=world.accelerator,
         devices=world.devices,

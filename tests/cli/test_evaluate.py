@@ -121,6 +121,17 @@ def test_what_cannot_be_is_one_line(tmp_path, weights, pattern):
         assert re.fullmatch(rf"clip-eval: error: {re.escape(message)}.*\n", done.stderr), done.stderr
 
 
+def test_what_only_one_process_lacks_ends_both_in_one_line(tmp_path, weights, pattern):
+    (tmp_path / "rank0").symlink_to(Path(pattern).parent)
+    arguments = [*weights, f"data='{tmp_path}/rank${{oc.env:RANK}}/*.tar'", f"output={tmp_path}/out"]
+    settings = ["trainer.accelerator=cpu", "data.num_workers=0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = run_module("clip_train.commands.evaluate", [*arguments, *settings], env, 600, ranks=2)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"clip-eval: error: data: no file matches {tmp_path}/rank1/*.tar")
+    assert done.stderr.count("\n") == 1
+
+
 def test_the_report_of_a_run_is_written_again(tmp_path):
     (tmp_path / "config.yaml").write_text("batch_size: 64\n")
     done = clip_eval(f"report={tmp_path}")
