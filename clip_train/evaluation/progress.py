@@ -3,8 +3,8 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
-from clip_train.data.batches import Batch
 from clip_train.distributed import group_size
 from clip_train.heartbeat import beat
 
@@ -13,7 +13,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 log = logging.getLogger(__name__)
 
 
-def told(loader: Iterable[Batch], total: int) -> Iterator[Batch]:
+def told(loader: Iterable[Any], total: int) -> Iterator[Any]:
     """The batches of a loader, and what the log has to say of them: nothing, if they take a few seconds.
 
     Args:

@@ -67,4 +67,4 @@ def order_captions(
     probabilities = (scale * cosines).softmax(0)
     cosines, order = cosines.sort(descending=True, stable=True)
     shares = probabilities[order].tolist()
-    return [RankedCaption(captions[n], c, p) for n, c, p in zip(order.tolist(), cosines.tolist(), shares)]
+    return [RankedCaption(captions[int(n)], c, p) for n, c, p in zip(order.tolist(), cosines.tolist(), shares)]
