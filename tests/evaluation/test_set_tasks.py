@@ -13,6 +13,7 @@ from sklearn.metrics import balanced_accuracy_score
 from clip_train.data.long_captions import split_sentences
 from clip_train.distributed import group_rank
 from clip_train.errors import ClipTrainError, ConfigError, DataError
+from clip_train.evaluation.captioned_set import encode_texts
 from clip_train.evaluation.loaded_model import LoadedModel, load_model
 from clip_train.evaluation.ranking import rank_captions
 from clip_train.evaluation.results import Results
@@ -224,6 +225,16 @@ def test_candidates_that_cannot_be(described, tmp_path):
     ):
         with pytest.raises(ClipTrainError, match=message):
             run(described, "rank_captions", *given)
+
+
+def test_texts_that_are_the_same_are_encoded_once():
+    loaded, rows = load(), []
+    loaded.model.text.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    texts = [f"text {n % 20}" for n in range(50)]
+    vectors = encode_texts(loaded, texts)
+    assert sum(rows) == 20 and len(rows) > 1
+    assert all(torch.equal(vectors[n], vectors[n % 20]) for n in range(50))
+    assert len(vectors.unique(dim=0)) == 20
 
 
 def test_what_only_one_rank_lacks_ends_both(described, pool, tmp_path):
