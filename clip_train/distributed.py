@@ -1,6 +1,10 @@
 """The process group, for code that must also run without one."""
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from itertools import pairwise
 from typing import TypeVar
 from weakref import WeakKeyDictionary
 
@@ -8,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clip_train.errors import DataError
+from clip_train.errors import ClipTrainError, DataError, FaultError, OutOfMemoryError, first_line
+from clip_train.out_of_memory import is_out_of_memory
 
 T = TypeVar("T")
 
@@ -54,10 +59,18 @@ def max_on_hosts(value: int) -> int:
     return int(greatest)
 
 
-def gather_ragged(local: Tensor, sizes: list[int]) -> Tensor:
-    """Concatenate rows of all ranks, in rank order, where rank r has `sizes[r]` of them. No gradients."""
-    if len(sizes) == 1:
+def own_part(count: int) -> range:
+    """Which of so many this rank has, if every one has a contiguous part."""
+    first, last = (count * (group_rank() + step) // group_size() for step in (0, 1))
+    return range(first, last)
+
+
+def gather_parts(local: Tensor, count: int) -> Tensor:
+    """The rows of all ranks, in rank order, where each has those of its `own_part(count)`. No gradients."""
+    if group_size() == 1:
         return local
+    edges = [count * rank // group_size() for rank in range(group_size() + 1)]
+    sizes = [last - first for first, last in pairwise(edges)]
     largest = max(sizes)
     padded = local.new_zeros(largest, *local.shape[1:])
     padded[: len(local)] = local
@@ -82,6 +95,11 @@ def gather_objects(local: list[T], group: dist.ProcessGroup | None = None) -> li
     return [entry for part in gathered for entry in part]
 
 
+def of_first_rank(local: T) -> T:
+    """The first rank's value, on every rank: for what they might find out differently, such as the time."""
+    return gather_objects([local])[0]
+
+
 def raise_everywhere(error: str) -> None:
     """Raise on all ranks if any rank has an error, so that none waits for one that is gone.
 
@@ -90,3 +108,46 @@ def raise_everywhere(error: str) -> None:
     """
     if errors := gather_objects([error] if error else []):
         raise DataError(errors[0])
+
+
+@contextmanager
+def agreed(at_once: int | None = None) -> Iterator[None]:
+    """What goes wrong inside on any rank is raised on all, when all are through. No rank may wait for another inside.
+
+    Args:
+        at_once: pictures or texts of a forward pass, if there are any inside: what to lower if memory does not suffice.
+
+    Raises:
+        DataError: with the first line of a rank. Where there is one rank only, its own error.
+        FaultError: what has gone wrong is not the user's to mend; the rank prints its traceback.
+    """
+    said: list[tuple[str, bool]] = []
+    try:
+        yield
+    except Exception as error:
+        known = _known(error, at_once)
+        if group_size() == 1:
+            if known in (error, None):
+                raise
+            raise known from error
+        if known is None:
+            traceback.print_exc()
+        line = str(known) if known else f"rank {group_rank()}: {type(error).__name__}: {first_line(error)}"
+        said.append((line, known is None))
+    group = host_group() if group_size() > 1 else None  # of the hosts, as a device may be what has failed
+    if errors := gather_objects(said, group):
+        line, fault = errors[0]
+        raise FaultError(line) if fault else DataError(line)
+
+
+def _known(error: Exception, at_once: int | None) -> ClipTrainError | None:
+    """An error in words for the user; None if it is not the user's to mend."""
+    if isinstance(error, ClipTrainError):
+        return error
+    if is_out_of_memory(error):
+        remedy = f", with {at_once} at once: lower batch_size (of clip-train: eval.batch_size)" if at_once else ""
+        return OutOfMemoryError(f"out of memory{remedy} ({first_line(error)})")
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        died = "a loader process has died, as a rule for want of memory: lower data.num_workers"
+        return DataError(f"{died} ({first_line(error)})")
+    return None

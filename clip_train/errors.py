@@ -29,6 +29,10 @@ class SaveError(ClipTrainError):
     """The last checkpoint of a run could not be written."""
 
 
+class FaultError(ClipTrainError):
+    """A fault on one rank, which all ranks end for. Exit code 1 instead of 2."""
+
+
 def first_line(error: BaseException) -> str:
     """Of another library's message, for a message of one line."""
     line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__

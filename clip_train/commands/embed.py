@@ -48,7 +48,7 @@ def _resumable() -> Iterator[None]:
 
 
 def _embed(cfg: DictConfig) -> int:
-    from clip_train.distributed import group_rank
+    from clip_train.distributed import agreed, group_rank
     from clip_train.embedding.embed import describe_weights, embed
     from clip_train.embedding.options import EmbedOptions
     from clip_train.errors import ConfigError
@@ -68,16 +68,18 @@ def _embed(cfg: DictConfig) -> int:
     workers = num_workers(cfg.data.num_workers, world, "data.num_workers")
     weights = {"weights": str(cfg.weights), "ema": bool(cfg.ema), "base": cfg.base and str(cfg.base)}
     model = OmegaConf.to_container(cfg.model, resolve=True) if "model" in cfg else None
-    source = open_model(WeightSource(**weights), model)  # pyright: ignore[reportArgumentType]
-    described = describe_weights(source, weights)
-    loaded = load_model(
-        source,
-        join_ranks(world),
-        precision=options.precision,
-        compile=options.compile,
-        batch_size=options.batch_size,
-        num_workers=workers,
-    )
+    device = join_ranks(world)
+    with agreed():
+        source = open_model(WeightSource(**weights), model)  # pyright: ignore[reportArgumentType]
+        described = describe_weights(source, weights)
+        loaded = load_model(
+            source,
+            device,
+            precision=options.precision,
+            compile=options.compile,
+            batch_size=options.batch_size,
+            num_workers=workers,
+        )
     with _progress(shown=group_rank() == 0) as show:
         tally = embed(loaded, described, options, access, show)
     if group_rank() == 0:

@@ -20,9 +20,10 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from clip_train.errors import ClipTrainError, DivergedError, OutOfMemoryError, first_line
+from clip_train.errors import ClipTrainError, DivergedError, FaultError, OutOfMemoryError, first_line
 
-EXIT_DONE, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_RESUMABLE = 0, 2, 70, 75
+EXIT_DONE, EXIT_FAULT, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_RESUMABLE = 0, 1, 2, 70, 75
+_EXIT_OF = {FaultError: EXIT_FAULT, DivergedError: EXIT_DIVERGED}
 
 
 def config_dir() -> str:
@@ -46,7 +47,7 @@ def run_program(
         try:
             codes.append(task(cfg))
         except ClipTrainError as error:
-            code = EXIT_DIVERGED if isinstance(error, DivergedError) else EXIT_USER_ERROR
+            code = _EXIT_OF.get(type(error), EXIT_USER_ERROR)
             _fail(name, str(error), code, alone=isinstance(error, OutOfMemoryError))
 
     sys.argv[1:] = [quote_text(_spell_out(argument, short or {})) for argument in sys.argv[1:]]

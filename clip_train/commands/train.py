@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clip_train.errors import ConfigError
@@ -39,12 +40,32 @@ def _train(cfg: DictConfig) -> int:
 
     _choose_run_length(cfg, list(HydraConfig.get().overrides.task))
     _name_to_config(cfg, "distill.model")
-    console = _console()  # imports stay in here: see program.py
+    from clip_train.commands.console import log_to_terminal  # imports stay in here: see program.py
     from clip_train.training.run import train
 
-    summary = train(cfg, console)
+    summary = train(cfg, log_to_terminal())
+    if cfg.eval.report:
+        _report(Path(str(cfg.output_dir)) / cfg.run_name)
     ignore_signals()
     return EXIT_RESUMABLE if summary["stopped_by_signal"] and not summary["complete"] else EXIT_DONE
+
+
+def _report(folder: Path) -> None:
+    """Write the page that shows the run, which is over: where that cannot be, the log says so."""
+    import logging
+
+    from clip_train.distributed import group_rank
+    from clip_train.errors import DataError
+
+    if group_rank() > 0:
+        return
+    from clip_train.report.run_report import write_report  # matplotlib takes a second
+
+    log = logging.getLogger("clip_train.commands.train")  # under `python -m` this module has another name
+    try:
+        log.info("wrote %s", write_report(folder))
+    except (DataError, OSError, ValueError, MemoryError) as error:
+        log.error("NO REPORT: %s", error)
 
 
 def _choose_run_length(cfg: DictConfig, overrides: list[str]) -> None:
@@ -71,25 +92,6 @@ def _name_to_config(cfg: DictConfig, key: str) -> None:
     if isinstance(name, str):
         model = compose("train", [f"model={name}"]).model
         OmegaConf.update(cfg, key, OmegaConf.to_container(model, resolve=True), force_add=True)
-
-
-def _console():
-    import logging
-
-    from rich.console import Console
-    from rich.logging import RichHandler
-
-    console = Console()
-    if console.is_terminal:  # print above the progress bar
-        handler = RichHandler(console=console, show_path=False, show_level=False, log_time_format="[%X]")
-    else:
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%X"))
-    logger = logging.getLogger("clip_train")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    return console
 
 
 if __name__ == "__main__":

@@ -113,6 +113,11 @@ class CaptionSource:
         keys = tuple(CaptionKey.parse(key, classes) for key, _ in heaviest_first)
         return cls(keys, tuple(weight / total for _, weight in heaviest_first))
 
+    @classmethod
+    def none(cls) -> "CaptionSource":
+        """Of pictures without captions: the first one is empty."""
+        return cls((), ())
+
     @property
     def extensions(self) -> tuple[str, ...]:
         """Of the files to read. A sample that has one of them has a caption."""
@@ -152,7 +157,7 @@ class CaptionSource:
 
     def first(self, files: Mapping[str, bytes]) -> str:
         """The first caption of the heaviest key that has one, for evaluation. Raises UnusableCaption as `draw`."""
-        return _first_readable(self.keys, files)[1][0]
+        return _first_readable(self.keys, files)[1][0] if self.keys else ""
 
     def all(self, files: Mapping[str, bytes]) -> list[str]:
         """All captions of the heaviest key that has any, for evaluation; of a text file, each line is one.

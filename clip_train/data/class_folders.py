@@ -40,9 +40,12 @@ def find_class_folders(folder: Path, extensions: Sequence[str], setting: str = "
 
 
 def folder_classes(folder: Path, found: Mapping[str, Sequence[Path]]) -> ClassNames:
-    """What the folder's `classes.json` or `classnames.txt` says, else the class folders' names, `_` as a blank."""
-    if any((folder / name).is_file() for name in (CLASSES_JSON, NAMES_TXT)):
-        return read_class_names(str(folder), "")
+    """What `classes.json` or `classnames.txt` says, in the folder or, as for shards, in the one above.
+
+    Else it is the class folders' names, `_` as a blank.
+    """
+    if any((place / name).is_file() for place in (folder, folder.parent) for name in (CLASSES_JSON, NAMES_TXT)):
+        return read_class_names(None, str(folder / "_"), "task.classes")
     return ClassNames(tuple(_readable(name) for name in found), (DEFAULT_TEMPLATE,))
 
 

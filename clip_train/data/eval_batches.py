@@ -80,8 +80,7 @@ class EvalBatches(Dataset[Batch]):
                     all_captions.append(pair.all_captions() if self.with_captions else [])
                 except UNUSABLE as error:
                     if not self.keep_bad:
-                        name = self.reader.name(*self._locate(index))
-                        return failed(f"validation sample {name} cannot be used: {error}")
+                        return failed(f"validation sample {self.name(index)} cannot be used: {error}")
                     bad.append(self._bad(index, error))
                     out[:], caption, label = 0, "", -1
                 captions.append(caption)
@@ -96,6 +95,14 @@ class EvalBatches(Dataset[Batch]):
     def _bad(self, index: int, error: UnusableImage | UnusableCaption | UnusableSample) -> BadSample:
         shard, sample = self._locate(index)
         return BadSample(error.kind, self.reader.shard_names[shard], self.reader.key(shard, sample), str(error))
+
+    def name(self, index: int) -> str:
+        """What a sample is called in errors: its shard and place, or its file."""
+        return self.reader.name(*self._locate(index))
+
+    def key(self, index: int) -> str:
+        """The name of a sample's files."""
+        return self.reader.key(*self._locate(index))
 
     def picture_and_caption(self, index: int) -> tuple[Pixels, str]:
         """One sample. Raises UnusableImage, UnusableCaption, UnusableSample or DataError."""
@@ -113,12 +120,6 @@ class EvalBatches(Dataset[Batch]):
     @cached_property
     def _ends(self) -> np.ndarray:
         return np.cumsum(self.reader.counts)
-
-
-def rank_sizes(num_samples: int, world_size: int) -> list[int]:
-    """How many samples each rank has, if every one has a contiguous part."""
-    edges = [num_samples * rank // world_size for rank in range(world_size + 1)]
-    return [last - first for first, last in pairwise(edges)]
 
 
 def rank_slices(num_samples: int, rank: int, world_size: int, max_batch: int) -> list[range]:

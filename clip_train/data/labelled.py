@@ -19,18 +19,24 @@ Shards = Sequence[ShardIndex | RemoteShard]
 ChooseClasses = Callable[[Callable[[], ClassNames]], ClassNames]
 
 
-def read_labelled(shards: Shards, classes: ClassNames, image_key: str, setting: str) -> PairReader:
+def read_labelled(
+    shards: Shards, classes: ClassNames, image_key: str, setting: str, image_setting: str = "data"
+) -> PairReader:
     """A reader of shards with `cls` files.
 
     Args:
         classes: what the labels stand for.
         image_key: extensions that hold the picture.
         setting: where the shards are in the config, for errors.
+        image_setting: where its `image_key` is.
 
     Raises:
         DataError: a sample has no picture or no label.
     """
-    reader = PairReader(shards, image_key, LABEL_EXTENSION, setting, classes)
+    for shard in shards:
+        if isinstance(shard, ShardIndex) and LABEL_EXTENSION not in shard.extensions:
+            raise DataError(f"{setting}: {shard.shard} has no labels ({LABEL_EXTENSION} files): it is no labelled set")
+    reader = PairReader(shards, image_key, LABEL_EXTENSION, image_setting, classes)
     if reader.num_incomplete:
         raise DataError(f"{setting}: {reader.num_incomplete} samples lack an image or a label")
     return reader
@@ -44,6 +50,9 @@ def open_labelled(
     open_shards: Callable[[str | Sequence[str]], Shards],
     choose_classes: ChooseClasses = lambda own: own(),
     setting: str = "data",
+    split_setting: str = "task.split",
+    retries: int = 10,
+    timeout: float = 60.0,
 ) -> SampleReader:
     """A labelled set by its address.
 
@@ -54,58 +63,68 @@ def open_labelled(
         image_key: extensions that hold the picture, `;` between them.
         open_shards: from patterns to shards.
         choose_classes: takes the function that finds the set's own class names; returns those to use.
-        setting: where the address is in the config, for errors.
+        setting, split_setting: where address and part are in the config, for errors.
+        retries, timeout: of a small file elsewhere, see `read_if_there`.
 
     Raises:
         DataError: there is no such set, or it cannot be read.
     """
-    patterns = shard_patterns(address, split, setting)
+    patterns = shard_patterns(address, split, setting, split_setting, retries, timeout)
     if patterns is not None:
         shards = open_shards(patterns)
-        classes = choose_classes(lambda: read_class_names(None, shards[0].shard))
+        classes = choose_classes(lambda: read_class_names(None, shards[0].shard, "task.classes", retries, timeout))
         return read_labelled(shards, classes, image_key, setting)
     folder = _part(Path(address).expanduser(), split)
     found = find_class_folders(folder, image_key.split(";"), setting)
     return ClassFolders(folder, found, choose_classes(lambda: folder_classes(folder, found)))
 
 
-def shard_patterns(address: str, split: str, setting: str = "data") -> str | list[str] | None:
+def shard_patterns(
+    address: str,
+    split: str,
+    setting: str = "data",
+    split_setting: str = "task.split",
+    retries: int = 10,
+    timeout: float = 60.0,
+) -> str | list[str] | None:
     """The shards that an address stands for; None for a folder without any.
 
     Args:
-        address, split, setting: as for `open_labelled`.
+        address, split, setting, split_setting, retries, timeout: as for `open_labelled`.
 
     Raises:
         DataError: the number in `nshards.txt` is none, or there is no such file under a URL.
     """
     if scheme_of(address) and ".tar" not in address and "::" not in address and scheme_of(address) != "pipe":
-        shards = _numbered(f"{address.rstrip('/')}/{split}")
+        shards = _numbered(f"{address.rstrip('/')}/{split}", retries, timeout)
         if shards is None:
             raise DataError(
-                f"{setting}={address}: there is no {split}/{NSHARDS_TXT}; give shards, or another task.split"
+                f"{setting}={address}: there is no {split}/{NSHARDS_TXT}; give shards, or another {split_setting}"
             )
         return shards
     if scheme_of(address) or not Path(address).expanduser().is_dir():
         return address
     folder = _part(Path(address).expanduser(), split)
     there_are = any(folder.glob("*.tar"))
-    return _numbered(str(folder)) or (f"{glob.escape(str(folder))}/*.tar" if there_are else None)
+    return _numbered(str(folder), retries, timeout) or (f"{glob.escape(str(folder))}/*.tar" if there_are else None)
 
 
 def set_name(address: str, split: str) -> str:
-    """What to call the set of an address: its folder."""
+    """What to call the set of an address: its folder, or on the Hub (`NAME/resolve/main`) its repository."""
     path = PurePosixPath(address)
     folder = path.parent if ".tar" in path.name else path
-    return (folder.parent if folder.name == split else folder).name or "data"
+    folder = folder.parent if folder.name == split else folder
+    on_the_hub = scheme_of(address) and folder.parent.name == "resolve"
+    return (folder.parent.parent if on_the_hub else folder).name or "data"
 
 
 def _part(folder: Path, split: str) -> Path:
     return folder / split if (folder / split).is_dir() else folder
 
 
-def _numbered(folder: str) -> list[str] | None:
+def _numbered(folder: str, retries: int, timeout: float) -> list[str] | None:
     """`0.tar`, `1.tar` and so on, as many as `nshards.txt` says; None if it is not there."""
-    content = read_if_there(f"{folder}/{NSHARDS_TXT}")
+    content = read_if_there(f"{folder}/{NSHARDS_TXT}", retries, timeout)
     if content is None:
         return None
     number = content.strip()

@@ -78,8 +78,9 @@ class _Keys(NamedTuple):
 
     images: list[str]
     captions: CaptionSource
-    caption_key: str | Mapping[str, float]
-    setting: str
+    caption_key: str | Mapping[str, float] | None
+    image_setting: str
+    caption_setting: str
 
 
 class _OpenShard(NamedTuple):
@@ -98,9 +99,10 @@ class PairReader:
     Args:
         shards: from `load_indexes`, or shards elsewhere.
         image_key: extensions that hold the image, `;` between them; the first that a sample has is taken.
-        caption_key: see `CaptionSource`.
+        caption_key: see `CaptionSource`; None for pictures alone, whatever else there is.
         setting: where the two keys are in the config, for errors.
         classes: what the numbers in `cls` files stand for, for the caption key `cls`.
+        caption_setting: the caption key's own name in the config; None if it stands beside the other.
 
     Raises:
         DataError: a shard has no images or no captions under these keys.
@@ -110,11 +112,14 @@ class PairReader:
         self,
         shards: Sequence[ShardIndex | RemoteShard],
         image_key: str,
-        caption_key: str | Mapping[str, float],
+        caption_key: str | Mapping[str, float] | None,
         setting: str = "data",
         classes: ClassNames | None = None,
+        caption_setting: str | None = None,
     ) -> None:
-        keys = _Keys(image_key.split(";"), CaptionSource.parse(caption_key, classes), caption_key, setting)
+        captions = CaptionSource.none() if caption_key is None else CaptionSource.parse(caption_key, classes)
+        settings = f"{setting}.image_key", caption_setting or f"{setting}.caption_key"
+        keys = _Keys(image_key.split(";"), captions, caption_key, *settings)
         self._shards = list(shards)
         self._keys = [keys] * len(self._shards)
         self.counts = [_count(shard, keys) for shard in self._shards]
@@ -259,7 +264,7 @@ class PairReader:
                     return
                 reason = error
         name = Path(self._shards[shard].shard).name
-        raise DataError(f"{keys.setting}.caption_key={keys.caption_key}: the first samples of {name} have {reason}")
+        raise DataError(f"{keys.caption_setting}={keys.caption_key}: the first samples of {name} have {reason}")
 
 
 def _count(shard: ShardIndex | RemoteShard, keys: _Keys) -> int:
@@ -295,21 +300,22 @@ def _complete_rows(index: ShardIndex, keys: _Keys) -> np.ndarray | None:
     found = f"found: {', '.join(index.extensions)}"
     if not images:
         wanted = ";".join(keys.images)
-        raise DataError(f"shard {index.shard} has no images under {keys.setting}.image_key={wanted} ({found})")
-    if not captions:
+        raise DataError(f"shard {index.shard} has no images under {keys.image_setting}={wanted} ({found})")
+    if not captions and keys.caption_key is not None:
         raise DataError(
-            f"shard {index.shard} has no captions under {keys.setting}.caption_key={keys.caption_key} ({found})"
+            f"shard {index.shard} has no captions under {keys.caption_setting}={keys.caption_key} ({found})"
         )
     count = dict(zip(index.extensions, index.files_per_extension))
-    if all(any(count[e] == index.num_samples for e in extensions) for extensions in (images, captions)):
+    needed = [images, captions] if captions else [images]
+    if all(any(count[e] == index.num_samples for e in extensions) for extensions in needed):
         return None
     present = index.read_extents()[:, :, 0] != ABSENT
-    has_image, has_caption = (
-        present[:, [index.extensions.index(extension) for extension in extensions]].any(axis=1)
-        for extensions in (images, captions)
-    )
-    rows = np.flatnonzero(has_image & has_caption)
+    has_each = [
+        present[:, [index.extensions.index(extension) for extension in extensions]].any(axis=1) for extensions in needed
+    ]
+    rows = np.flatnonzero(np.logical_and.reduce(has_each))
     if len(rows) == 0:
         wanted = " or ".join(captions)
-        raise DataError(f"shard {index.shard} has no sample with both an image and a {wanted} caption ({found})")
+        lacking = f"both an image and a {wanted} caption" if captions else "an image"
+        raise DataError(f"shard {index.shard} has no sample with {lacking} ({found})")
     return rows

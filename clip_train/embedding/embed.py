@@ -17,14 +17,15 @@ from torch import Tensor
 from clip_train.checkpoints.base import weights_checksum
 from clip_train.data.files import UNFINISHED
 from clip_train.data.loader import make_loader
-from clip_train.distributed import gather_objects, group_rank, group_size, raise_everywhere
+from clip_train.distributed import agreed, gather_objects, group_rank, group_size
 from clip_train.embedding.batches import PartBatch, PartBatches, Row
 from clip_train.embedding.manifest import Manifest
 from clip_train.embedding.options import IMAGE, TEXT, EmbedOptions
 from clip_train.embedding.part_files import check_pyarrow, read_about, write_part
 from clip_train.embedding.sources import Source, Task, find_sources
-from clip_train.errors import ClipTrainError, ConfigError, DataError
+from clip_train.errors import ConfigError, DataError
 from clip_train.evaluation.loaded_model import LoadedModel
+from clip_train.evaluation.results import writing_into
 from clip_train.interop.model_source import ModelSource
 from clip_train.interop.reading import lasting
 from clip_train.shard_tools.access import ShardAccess
@@ -109,21 +110,22 @@ def embed(
         ClipTrainError: on every rank, after all have done what they could.
     """
     folder = Path(options.output).expanduser()
-    with _agreed(folder):
+    with agreed(), writing_into(folder):
         check_pyarrow()
         sources = find_sources(options, access)
         manifest = Manifest(weights, _settings(options), [source.name for source in sources])
     if len(set(gather_objects([manifest.digest()]))) > 1:
         raise DataError(f"data={options.data} or weights={weights['weights']} is not the same on all processes")
-    with _agreed(folder):  # nothing is written before all know what the folder is to hold
+    with agreed(), writing_into(folder):  # nothing is written before all know what the folder is to hold
         if group_rank() == 0:
             _claim(folder, manifest)
-    with _agreed(folder):
+    with agreed(), writing_into(folder):
         parts = _look_at(folder, sources, manifest, options.sides)
-    with _agreed(folder), _waited_for_all():  # nor before all have looked which parts are there
+    # Nor before all have looked which parts are there.
+    with agreed(options.batch_size), _waited_for_all(), writing_into(folder):
         tally = _embed_parts(model, options, folder, parts, show)
     total = _total(gather_objects([tally]))
-    with _agreed(folder):
+    with agreed(), writing_into(folder):
         if group_rank() == 0:
             write_damages(folder / SKIPPED, total.bad)
     if not total.samples:
@@ -132,25 +134,12 @@ def embed(
 
 
 @contextmanager
-def _agreed(folder: Path) -> Iterator[None]:
-    """What goes wrong inside on any rank is raised on all, when all are through."""
-    error = ""
-    try:
-        yield
-    except ClipTrainError as failed:
-        error = str(failed)
-    except OSError as failed:
-        error = f"output={folder} cannot be written: {failed.strerror or failed}"
-    raise_everywhere(error)
-
-
-@contextmanager
 def _waited_for_all() -> Iterator[None]:
     """The ranks part inside for as long as the work takes; all else that they do together is a matter of minutes."""
     group: Any = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT) if group_size() > 1 else None
     try:
         yield
-    except (ClipTrainError, OSError):  # which all hear of; with anything else this process ends at once
+    except Exception:  # which all hear of
         _meet(group)
         raise
     _meet(group)

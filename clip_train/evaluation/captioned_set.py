@@ -9,16 +9,24 @@ from jaxtyping import Float, Int64
 from omegaconf import DictConfig
 from torch import Tensor
 
-from clip_train.data.eval_batches import EvalBatches, rank_sizes, rank_slices
+from clip_train.data.captions import CaptionSource
+from clip_train.data.eval_batches import EvalBatches, rank_slices
 from clip_train.data.labelled import set_name, shard_patterns
 from clip_train.data.loader import make_loader
 from clip_train.data.pairs import PairReader
-from clip_train.distributed import gather_objects, gather_ragged, group_rank, group_size, raise_everywhere
-from clip_train.errors import DataError
-from clip_train.evaluation.labelled_set import data_address, eval_batches, shard_opener
+from clip_train.distributed import agreed, gather_objects, gather_parts, group_rank, group_size, own_part
+from clip_train.errors import ConfigError, DataError
+from clip_train.evaluation.labelled_set import (
+    check_same,
+    data_address,
+    eval_batches,
+    image_key,
+    shard_access,
+    shard_opener,
+)
 from clip_train.evaluation.loaded_model import LoadedModel, check_numbers
 from clip_train.evaluation.long_text import embed_texts
-from clip_train.heartbeat import beat
+from clip_train.evaluation.progress import told
 
 
 @dataclass(frozen=True)
@@ -30,12 +38,21 @@ class CaptionedSet:
         dataset: its name in the results; None for its folder's.
         caption_key: `txt`, of which each line is a caption, or `json:path`, a text or a list of them.
         distinct_texts: captions that are the same, word by word, are one text, which belongs to all their images.
+
+    Raises:
+        ConfigError: `caption_key` is of neither form.
     """
 
     split: str
     dataset: str | None
     caption_key: str
     distinct_texts: bool
+
+    def __post_init__(self) -> None:
+        try:
+            CaptionSource.parse(self.caption_key)
+        except ConfigError as error:
+            raise ConfigError(f"task.{error}") from error
 
 
 class CaptionedImages(NamedTuple):
@@ -57,15 +74,18 @@ def open_captioned_set(chosen: CaptionedSet, loaded: LoadedModel, cfg: DictConfi
 
     Raises:
         ConfigError: a value cannot be used.
-        DataError: the set cannot be read, or a sample lacks an image or a caption.
+        DataError: on every rank, if one cannot read the set or sees another, or samples lack an image or a caption.
     """
-    address = data_address(cfg)
-    patterns = shard_patterns(address, chosen.split)
-    if patterns is None:
-        raise DataError(f"data={address}: there are no shards (*.tar) in this folder")
-    reader = PairReader(shard_opener(cfg)(patterns), cfg.data.image_key, chosen.caption_key, "task")
-    if reader.num_incomplete:
-        raise DataError(f"data={address}: {reader.num_incomplete} samples lack an image or a caption")
+    address, access = data_address(cfg), shard_access(cfg)
+    with agreed():
+        patterns = shard_patterns(address, chosen.split, retries=access.retries, timeout=access.timeout)
+        if patterns is None:
+            raise DataError(f"data={address}: there are no shards (*.tar) in this folder")
+        shards = shard_opener(access)(patterns)
+        reader = PairReader(shards, image_key(cfg), chosen.caption_key, caption_setting="task.caption_key")
+        if reader.num_incomplete:
+            raise DataError(f"data={address}: {reader.num_incomplete} samples lack an image or a caption")
+    check_same(reader, f"data={address}")
     return chosen.dataset or set_name(address, chosen.split), eval_batches(reader, loaded, cfg, with_captions=True)
 
 
@@ -80,19 +100,18 @@ def encode_images(loaded: LoadedModel, batches: EvalBatches, distinct_texts: boo
     Raises:
         DataError: on every rank, if a sample cannot be used.
     """
-    vectors, error = [torch.empty(0, loaded.model.embed_dim, device=loaded.device)], ""
+    vectors = [torch.empty(0, loaded.model.embed_dim, device=loaded.device)]
     own: list[list[str]] = []
     slices = rank_slices(len(batches), group_rank(), group_size(), loaded.batch_size)
-    with loaded.autocast():
-        for batch in make_loader(batches, slices, loaded.num_workers):
-            beat()
-            error = error or batch["error"]
-            if not error and len(batch["image"]):
+    with agreed(loaded.batch_size), loaded.autocast():
+        for batch in told(make_loader(batches, slices, loaded.num_workers), len(batches)):
+            if batch["error"]:
+                raise DataError(batch["error"])
+            if len(batch["image"]):
                 vectors.append(loaded.model.encode_image(batch["image"].to(loaded.device)))
                 own += batch.get("captions", [])
-    raise_everywhere(error)
     captions = gather_objects(own)
-    image = gather_ragged(torch.cat(vectors), rank_sizes(len(batches), group_size()))
+    image = gather_parts(torch.cat(vectors), len(batches))
     check_numbers(image)
     texts, pairs = _number(captions, distinct_texts)
     return CaptionedImages(image, texts, pairs.to(loaded.device))
@@ -109,10 +128,10 @@ def encode_texts(
     Raises:
         ConfigError: as `embed_texts`.
     """
-    sizes = rank_sizes(len(texts), group_size())
-    first = sum(sizes[: group_rank()])
-    own = texts[first : first + sizes[group_rank()]]
-    with loaded.autocast():
+    distinct = list(dict.fromkeys(texts))  # each once: in another batch its vector might differ in the last bits
+    part = own_part(len(distinct))
+    own = distinct[part.start : part.stop]
+    with agreed(loaded.batch_size), loaded.autocast():
         vectors = embed_texts(
             own,
             loaded.model.encode_text,
@@ -122,9 +141,10 @@ def encode_texts(
             batch_size=loaded.batch_size,
             device=loaded.device,
         )
-    text = gather_ragged(vectors.view(len(own), loaded.model.embed_dim), sizes)
-    check_numbers(text)
-    return text
+    found = gather_parts(vectors.view(len(own), loaded.model.embed_dim), len(distinct))
+    check_numbers(found)
+    place = {text: number for number, text in enumerate(distinct)}
+    return found if len(distinct) == len(texts) else found[[place[text] for text in texts]]
 
 
 def _number(captions: Sequence[Sequence[str]], distinct: bool) -> tuple[list[str], Int64[Tensor, "pairs 2"]]:

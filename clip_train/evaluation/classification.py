@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from clip_train.data.eval_batches import EvalBatches, rank_sizes, rank_slices
+from clip_train.data.eval_batches import EvalBatches, rank_slices
 from clip_train.data.loader import make_loader
-from clip_train.distributed import gather_ragged, group_rank, group_size, raise_everywhere
-from clip_train.heartbeat import beat
+from clip_train.distributed import agreed, gather_parts, group_rank, group_size
+from clip_train.errors import DataError
+from clip_train.evaluation.progress import told
 
 MOST_CONFUSED = 2000  # classes that a confusion matrix is drawn and written of
 METRICS = ("top1", "top5", "mean_per_class_recall")
@@ -62,21 +63,19 @@ def classify_set(
         DataError: on every rank, if a sample cannot be used.
     """
     whole = [torch.empty(0, 3, dtype=torch.int64, device=device)]
-    confidences, error = [torch.empty(0, device=device)], ""
+    confidences = [torch.empty(0, device=device)]
     slices = rank_slices(len(batches), group_rank(), group_size(), batch_size)
-    with autocast:
-        for batch in make_loader(batches, slices, num_workers):
-            beat()
-            error = error or batch["error"]
-            if not error and len(batch["image"]):
+    with agreed(batch_size), autocast:
+        for batch in told(make_loader(batches, slices, num_workers), len(batches)):
+            if batch["error"]:
+                raise DataError(batch["error"])
+            if len(batch["image"]):
                 scores, labels = classify(batch["image"].to(device)).float(), batch["label"].to(device)
                 whole.append(torch.stack([labels, scores.argmax(1), rank_of_label(scores, labels)], dim=1))
                 probabilities = scores if logit_scale is None else (logit_scale * scores).softmax(1)
                 confidences.append(probabilities.amax(1))
-    raise_everywhere(error)
-    sizes = rank_sizes(len(batches), group_size())
-    label, predicted, rank = gather_ragged(torch.cat(whole), sizes).cpu().unbind(1)
-    return Predictions(label, predicted, rank, gather_ragged(torch.cat(confidences), sizes).cpu())
+    label, predicted, rank = gather_parts(torch.cat(whole), len(batches)).cpu().unbind(1)
+    return Predictions(label, predicted, rank, gather_parts(torch.cat(confidences), len(batches)).cpu())
 
 
 def rank_of_label(scores: Float[Tensor, "b classes"], labels: Int64[Tensor, " b"]) -> Int64[Tensor, " b"]:

@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,9 @@ from clip_train.data.eval_batches import EvalBatches
 from clip_train.data.feature_batches import FeatureTable, chunk_parts, chunk_paths, write_chunk
 from clip_train.data.fingerprint import describe_shards
 from clip_train.data.loader import make_loader
-from clip_train.distributed import group_rank, group_size, raise_everywhere
+from clip_train.distributed import agreed, group_rank, group_size, of_first_rank
 from clip_train.errors import DataError
-from clip_train.heartbeat import beat
+from clip_train.evaluation.progress import told
 from clip_train.models import DualEncoder
 
 log = logging.getLogger(__name__)
@@ -75,27 +75,30 @@ def compute_features(
     num_workers: int,
     autocast: Callable[[], AbstractContextManager],
     device: torch.device,
-) -> None:
-    """Write what is missing of a set's features; the ranks share the files among them.
+) -> FeatureTable:
+    """Write what is missing of a set's features, and open them all; the ranks share the work, file by file.
+
+    Args:
+        folder: theirs alone, shared by all ranks; the first rank's name of it counts, and what that one finds there:
+            what the name is made of, such as the times of files, may differ between nodes.
 
     Raises:
-        DataError: on every rank, if a shard cannot be read or a file not be written.
+        DataError: on every rank, if a shard cannot be read, or a file not be written or read.
     """
-    parts = chunk_parts(len(pictures))
-    shared = range(group_rank(), len(parts), group_size())  # whatever ranks see there, each file has its rank
-    own = [number for number in shared if not chunk_paths(folder, number)[1].exists()]
-    if own:
+    folder, parts = of_first_rank(folder), chunk_parts(len(pictures))
+    missing = of_first_rank([number for number in range(len(parts)) if not chunk_paths(folder, number)[1].exists()])
+    own = missing[group_rank() :: group_size()]
+    if missing:
         log.info("computing the features of %d samples, once, to %s", len(pictures), folder)
-    error = ""
-    try:
+    with agreed(batch_size), _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         slices = [parts[n][start : start + batch_size] for n in own for start in range(0, len(parts[n]), batch_size)]
-        batches = iter(make_loader(pictures, slices, num_workers) if slices else ())
+        loader = make_loader(pictures, slices, num_workers) if slices else ()
+        batches = told(loader, sum(len(parts[number]) for number in missing))
         for number in own:
             features, labels, bad = [], [], []
             while len(labels) < len(parts[number]):
                 batch = next(batches)
-                beat()
                 if batch["error"]:
                     raise DataError(batch["error"])
                 with autocast():
@@ -103,20 +106,18 @@ def compute_features(
                 labels += batch["label"].tolist()
                 bad += batch["bad"]
             write_chunk(folder, number, np.concatenate(features), labels, bad)
-    except DataError as failed:
-        error = str(failed)
-    except OSError as failed:
-        error = f"features cannot be written to {folder}: {failed.strerror or failed}"
-    raise_everywhere(error)
+    with agreed():
+        try:
+            return FeatureTable.open(folder, len(pictures))
+        except DataError as error:
+            if group_size() == 1:
+                raise
+            raise DataError(f"{error}, and let all ranks share data.cache_dir") from error
 
 
-def open_features(folder: Path, num_samples: int) -> FeatureTable:
-    """What `compute_features` has written. Raises DataError on every rank if a rank cannot read it."""
-    table, error = None, ""
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     try:
-        table = FeatureTable.open(folder, num_samples)
-    except DataError as failed:  # on this rank, perhaps alone
-        error = str(failed)
-    raise_everywhere(error)
-    assert table
-    return table
+        yield
+    except OSError as error:
+        raise DataError(f"features cannot be written to {folder}: {error.strerror or error}") from error

@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clip_train.data.eval_batches import EvalBatches, rank_sizes, rank_slices
+from clip_train.data.eval_batches import EvalBatches, rank_slices
 from clip_train.data.loader import make_loader
-from clip_train.distributed import gather_ragged, group_rank, group_size, raise_everywhere
-from clip_train.heartbeat import beat
+from clip_train.distributed import agreed, gather_parts, group_rank, group_size
+from clip_train.errors import DataError
+from clip_train.evaluation.progress import told
+from clip_train.evaluation.zero_shot import evaluating
 from clip_train.models import DualEncoder
 
 
@@ -35,20 +37,15 @@ def encode_pairs(
     Raises:
         DataError: on every rank, if a sample cannot be used.
     """
-    rank, world_size = group_rank(), group_size()
     device = model.logit_scale.device
     width = model.embed_dim
-    images, texts, error = [torch.empty(0, width, device=device)], [torch.empty(0, width, device=device)], ""
-    was_training = model.training
-    model.eval()
-    with autocast:
-        for batch in make_loader(batches, rank_slices(len(batches), rank, world_size, batch_size), num_workers):
-            beat()
-            error = error or batch["error"]
-            if not error and len(batch["image"]):
+    images, texts = [torch.empty(0, width, device=device)], [torch.empty(0, width, device=device)]
+    slices = rank_slices(len(batches), group_rank(), group_size(), batch_size)
+    with agreed(batch_size), evaluating(model), autocast:
+        for batch in told(make_loader(batches, slices, num_workers), len(batches)):
+            if batch["error"]:
+                raise DataError(batch["error"])
+            if len(batch["image"]):
                 images.append(model.encode_image(batch["image"].to(device)))
                 texts.append(model.encode_text(batch["text"]))
-    model.train(was_training)
-    raise_everywhere(error)
-    sizes = rank_sizes(len(batches), world_size)
-    return Features(gather_ragged(torch.cat(images), sizes), gather_ragged(torch.cat(texts), sizes))
+    return Features(*(gather_parts(torch.cat(side), len(batches)) for side in (images, texts)))

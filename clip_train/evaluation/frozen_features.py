@@ -12,12 +12,12 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from clip_train.data.class_names import ClassNames
-from clip_train.data.eval_batches import EvalBatches, rank_sizes
+from clip_train.data.eval_batches import EvalBatches
 from clip_train.data.files import user_cache
-from clip_train.distributed import gather_ragged, group_rank, group_size
+from clip_train.distributed import gather_parts, own_part
 from clip_train.errors import ConfigError, DataError
 from clip_train.evaluation.classification import Predictions
-from clip_train.evaluation.feature_cache import compute_features, features_key, open_features
+from clip_train.evaluation.feature_cache import compute_features, features_key
 from clip_train.evaluation.labelled_set import LabelledSet, data_address, open_labelled_set
 from clip_train.evaluation.loaded_model import LoadedModel, check_numbers
 from clip_train.evaluation.zero_shot import set_classes
@@ -56,9 +56,8 @@ class Samples(NamedTuple):
 
     def take_share(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Of this rank's contiguous part."""
-        sizes = rank_sizes(len(self.labels), group_size())
-        first = sum(sizes[: group_rank()])
-        return self.take(slice(first, first + sizes[group_rank()]), device)
+        part = own_part(len(self.labels))
+        return self.take(slice(part.start, part.stop), device)
 
 
 class Probe(NamedTuple):
@@ -90,7 +89,7 @@ def open_probe(loaded: LoadedModel, cfg: DictConfig) -> Probe:
     name, test = open_labelled_set(chosen, loaded, cfg)
     train_part = replace(chosen, split=learned.train_split)
     address, setting = learned.train or data_address(cfg), "task.train" if learned.train else "data"
-    _, train = open_labelled_set(train_part, loaded, cfg, address, setting)
+    _, train = open_labelled_set(train_part, loaded, cfg, address, setting, "task.train_split")
     if train.reader.shard_names == test.reader.shard_names:
         raise ConfigError(f"{setting}={address}: these are the images that data names; give task.train=...")
     classes = set_classes(test)
@@ -106,7 +105,7 @@ def _samples(loaded: LoadedModel, cfg: DictConfig, pictures: EvalBatches, featur
     precision = f"{loaded.precision} on {loaded.device.type}"
     key = features_key(loaded.model, features, pictures, cfg.data.image_key, precision)
     folder = Path(cfg.data.cache_dir or user_cache()) / f"features_{key}"
-    compute_features(
+    table = compute_features(
         lambda pixels: image_features(loaded.model, pixels, features),
         pictures,
         folder,
@@ -115,7 +114,6 @@ def _samples(loaded: LoadedModel, cfg: DictConfig, pictures: EvalBatches, featur
         autocast=loaded.autocast,
         device=loaded.device,
     )
-    table = open_features(folder, len(pictures))
     if table.bad:  # a run that may leave samples out has computed them
         raise DataError(f"{len(table.bad)} samples cannot be used: {next(iter(table.bad.values())).reason}")
     samples = Samples(np.concatenate(table.chunks), table.labels)
@@ -139,5 +137,5 @@ def judged(
 def gather_predictions(own: Sequence[Float[Tensor, "tile 4"]], count: int, device: torch.device) -> Predictions:
     """What all ranks said of their shares of a set of `count` images."""
     rows = torch.cat([torch.empty(0, 4, device=device), *own])
-    label, predicted, rank, confidence = gather_ragged(rows, rank_sizes(count, group_size())).cpu().unbind(1)
+    label, predicted, rank, confidence = gather_parts(rows, count).cpu().unbind(1)
     return Predictions(label.long(), predicted.long(), rank.long(), confidence)

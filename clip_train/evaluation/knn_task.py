@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
+from clip_train.distributed import agreed
 from clip_train.errors import ConfigError
 from clip_train.evaluation.frozen_features import gather_predictions, judged, open_probe
 from clip_train.evaluation.knn import knn_scores, rank_by_votes
@@ -42,15 +43,16 @@ def knn(loaded: LoadedModel, cfg: DictConfig) -> Results:
     """
     options = typed(NeighbourOptions, cfg.task, "task")
     probe = open_probe(loaded, cfg)
-    bank, bank_labels = probe.train.take(slice(None), loaded.device)
-    features, labels = probe.test.take_share(loaded.device)
     said = {k: [] for k in options.k}
-    start = 0
-    for shares in knn_scores(features, bank, bank_labels, probe.num_classes, options.k, options.temperature):
-        own = labels[start : start + len(shares[options.k[0]])]
-        start += len(own)
-        for k, found in shares.items():
-            said[k].append(judged(found, own, rank_by_votes(found, own)))
+    with agreed():
+        bank, bank_labels = probe.train.take(slice(None), loaded.device)
+        features, labels = probe.test.take_share(loaded.device)
+        start = 0
+        for shares in knn_scores(features, bank, bank_labels, probe.num_classes, options.k, options.temperature):
+            own = labels[start : start + len(shares[options.k[0]])]
+            start += len(own)
+            for k, found in shares.items():
+                said[k].append(judged(found, own, rank_by_votes(found, own)))
     count = len(probe.test.labels)
     found = {k: accuracy(gather_predictions(rows, count, loaded.device), probe.num_classes) for k, rows in said.items()}
     first, *others = ({**metrics, "k": k} for k, metrics in found.items())

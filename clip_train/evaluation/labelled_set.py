@@ -2,17 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from omegaconf import DictConfig, OmegaConf
 
 from clip_train.data.class_names import DEFAULT_TEMPLATE, ClassNames, read_class_names
 from clip_train.data.eval_batches import EvalBatches, SampleReader
+from clip_train.data.fingerprint import describe_shards, digest
 from clip_train.data.known_classes import find_templates, known_names, known_templates
 from clip_train.data.labelled import Shards, open_labelled, set_name
 from clip_train.data.remote_shards import open_shards
 from clip_train.data.shards import expand_shards
-from clip_train.distributed import group_rank, group_size
-from clip_train.errors import ConfigError
+from clip_train.distributed import agreed, gather_objects, group_rank, group_size
+from clip_train.errors import ConfigError, DataError
 from clip_train.evaluation.loaded_model import LoadedModel
 from clip_train.shard_tools.access import ShardAccess
 from clip_train.typed_config import typed
@@ -45,15 +47,19 @@ class LabelledSet:
             if self.classes is not None and getattr(self, key) is not None:
                 raise ConfigError(f"task.classes and task.{key} are both given: leave one of them out")
 
-    def choose_classes(self, own: Callable[[], ClassNames]) -> ClassNames:
+    def choose_classes(self, own: Callable[[], ClassNames], retries: int = 10, timeout: float = 60.0) -> ClassNames:
         """The class names: those that were asked for, else the set's own.
+
+        Args:
+            own: finds these.
+            retries, timeout: see `read_class_names`.
 
         Raises:
             ConfigError: clip-benchmark does not know them.
             DataError: they cannot be read, or there are none.
         """
         if self.classes is not None:
-            return read_class_names(self.classes, "", "task.classes")
+            return read_class_names(self.classes, "", "task.classes", retries, timeout)
         if self.classnames is not None:
             known = find_templates(self.classnames, self.language) or (DEFAULT_TEMPLATE,)
             found = ClassNames(known_names(self.classnames, self.language), known)
@@ -65,7 +71,12 @@ class LabelledSet:
 
 
 def open_labelled_set(
-    chosen: LabelledSet, loaded: LoadedModel, cfg: DictConfig, address: str | None = None, setting: str = "data"
+    chosen: LabelledSet,
+    loaded: LoadedModel,
+    cfg: DictConfig,
+    address: str | None = None,
+    setting: str = "data",
+    split_setting: str = "task.split",
 ) -> tuple[str, EvalBatches]:
     """A set's name, and its batches with labels.
 
@@ -74,22 +85,38 @@ def open_labelled_set(
         loaded: whose preprocessing and tokenizer to use.
         cfg: the whole config.
         address: of the set; None for the config's `data`.
-        setting: where the address is in the config, for errors.
+        setting, split_setting: where the address and its part are in the config, for errors.
 
     Raises:
         ConfigError: a value cannot be used.
-        DataError: the set cannot be read.
+        DataError: on every rank, if one cannot read the set, or sees another one.
     """
     address = address or data_address(cfg)
-    reader = open_labelled(
-        address,
-        chosen.split,
-        image_key=cfg.data.image_key,
-        open_shards=shard_opener(cfg, setting),
-        choose_classes=chosen.choose_classes,
-        setting=setting,
-    )
+    access = shard_access(cfg)
+    with agreed():
+        reader = open_labelled(
+            address,
+            chosen.split,
+            image_key=image_key(cfg),
+            open_shards=shard_opener(access, setting),
+            choose_classes=partial(chosen.choose_classes, retries=access.retries, timeout=access.timeout),
+            setting=setting,
+            split_setting=split_setting,
+            retries=access.retries,
+            timeout=access.timeout,
+        )
+    check_same(reader, f"{setting}={address}")
     return chosen.dataset or set_name(address, chosen.split), eval_batches(reader, loaded, cfg, with_labels=True)
+
+
+def check_same(reader: SampleReader, setting: str) -> None:
+    """Raises DataError on every rank if they do not see the same set.
+
+    Args:
+        setting: the config key and its value, for the error.
+    """
+    if len(set(gather_objects([digest(describe_shards(reader))]))) > 1:
+        raise DataError(f"{setting}: the ranks see different shards or class names, or different numbers of samples")
 
 
 def data_address(cfg: DictConfig) -> str:
@@ -98,17 +125,31 @@ def data_address(cfg: DictConfig) -> str:
     return "::".join(path) if OmegaConf.is_list(path) else str(path)
 
 
-def shard_opener(cfg: DictConfig, setting: str = "data") -> Callable[[str | Sequence[str]], Shards]:
-    """From patterns to shards, by the config's settings of caches and downloads.
+def image_key(cfg: DictConfig) -> str:
+    """Extensions of pictures, `;` between them. Raises ConfigError if it is no such text."""
+    if not isinstance(cfg.data.image_key, str) or not cfg.data.image_key:
+        raise ConfigError(f"data.image_key={cfg.data.image_key} is not extensions of pictures such as 'jpg;png'")
+    return cfg.data.image_key
+
+
+def shard_access(cfg: DictConfig) -> ShardAccess:
+    """The config's settings of caches and downloads. Raises ConfigError if a value cannot be used."""
+    try:
+        return typed(ShardAccess, cfg.data, "data")
+    except ConfigError as error:  # programs that have no group `data` call the keys without it
+        raise ConfigError(f"data.{str(error).removeprefix('data.')}") from error
+
+
+def shard_opener(access: ShardAccess, setting: str = "data") -> Callable[[str | Sequence[str]], Shards]:
+    """From patterns to shards.
 
     Args:
         setting: where the patterns are in the config, for errors.
     """
-    access = typed(ShardAccess, cfg.data, "data")
 
     def open_them(patterns: str | Sequence[str]) -> Shards:
         found = expand_shards(patterns, setting)
-        return open_shards(found, access.stager, access.cache_dir, group_rank(), group_size())
+        return open_shards(found, access.make_stager("data."), access.cache_dir, group_rank(), group_size())
 
     return open_them
 

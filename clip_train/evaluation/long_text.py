@@ -38,7 +38,7 @@ def embed_texts(
     """Unit vectors of texts of any length. One that fits the context is the same in all ways but `hierarchical`.
 
     Args:
-        encode_text: token ids to unit vectors.
+        encode_text: token ids, on the host, to unit vectors.
         way: `truncate` takes the beginning. `chunk_mean` takes the mean over as few parts as the text needs, equally
             long; `max_pool` the greatest of each coordinate over the same parts; `sliding_window` the mean over windows
             of the whole context; `hierarchical` the mean over the sentences, each weighted by its tokens (a sentence
@@ -57,7 +57,7 @@ def embed_texts(
     for start in range(0, len(pieces), batch_size):
         beat()
         ids = tokenizer.frame([piece.ids for piece in pieces[start : start + batch_size]])
-        parts.append(encode_text(torch.from_numpy(ids).to(device)).float())
+        parts.append(encode_text(torch.from_numpy(ids)).float())
     vectors = torch.cat(parts) if parts else torch.empty(0, 0, device=device)
     text = torch.tensor([number for number, own in enumerate(cut) for _ in own], dtype=torch.int64, device=device)
     joined = vectors.new_zeros(len(texts), vectors.shape[1])

@@ -40,6 +40,9 @@ class ModerationOptions:
 def moderation(loaded: LoadedModel, cfg: DictConfig) -> Results:
     """Flag images by categories of prompts. The metrics are means over the categories, with a variant for each.
 
+    The mean precision is over the categories that flag anything, the mean recall over those that images belong to, of
+    F1 over both; `flagging` is how many there are of the first.
+
     Written into `cfg.output`: `thresholds.json`, with what they gave on the images they were calibrated on.
 
     Raises:
@@ -56,7 +59,6 @@ def moderation(loaded: LoadedModel, cfg: DictConfig) -> Results:
             probe.classes,
             loaded.tokenizer,
             batch_size=loaded.batch_size,
-            device=loaded.device,
         ).cpu()
     thresholds = calibrate_thresholds(*_scored(probe.train, prompts), options.min_precision)
     found = moderation_report(*_scored(probe.test, prompts), [threshold.value for threshold in thresholds])
@@ -70,6 +72,7 @@ def moderation(loaded: LoadedModel, cfg: DictConfig) -> Results:
         for key in ("precision", "recall", "f1")
         if (values := [row[key] for row in variants.values() if key in row])
     }
+    metrics["flagging"] = sum("precision" in row for row in variants.values())
     return Results(probe.name, "moderation", metrics, variants)
 
 

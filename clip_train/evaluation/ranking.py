@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from clip_train.evaluation.captioned_set import encode_texts
 from clip_train.evaluation.captioning import read_picture
@@ -41,15 +43,28 @@ def rank_captions(
         ConfigError: there is no such way.
     """
     source, texts, ranked = loaded.source, encode_texts(loaded, candidates, way), []
+    scale = loaded.model.logit_scale.exp()
     for start in range(0, len(pictures), loaded.batch_size):
         batch = pictures[start : start + loaded.batch_size]
         pixels = [read_picture(path, source.image_size, source.resize_mode, source.interpolation) for path in batch]
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(loaded.device)
         with loaded.autocast():
             vectors = loaded.model.encode_image(images)
-        cosines = vectors @ texts.T
-        probabilities = (loaded.model.logit_scale.exp() * cosines).softmax(1)
-        cosines, order = cosines.sort(dim=1, descending=True, stable=True)
-        for numbers, own, shares in zip(order.tolist(), cosines.tolist(), probabilities.gather(1, order).tolist()):
-            ranked.append([RankedCaption(candidates[int(n)], c, p) for n, c, p in zip(numbers, own, shares)])
+        ranked += [order_captions(vector, texts, candidates, scale) for vector in vectors]
     return ranked
+
+
+def order_captions(
+    image: Float[Tensor, " embed"], texts: Float[Tensor, "texts embed"], captions: Sequence[str], scale: Tensor
+) -> list[RankedCaption]:
+    """Captions of a picture, the best first.
+
+    Args:
+        image, texts: unit vectors of the picture and of the captions.
+        scale: the inverse temperature of the probabilities.
+    """
+    cosines = texts @ image
+    probabilities = (scale * cosines).softmax(0)
+    cosines, order = cosines.sort(descending=True, stable=True)
+    shares = probabilities[order].tolist()
+    return [RankedCaption(captions[int(n)], c, p) for n, c, p in zip(order.tolist(), cosines.tolist(), shares)]

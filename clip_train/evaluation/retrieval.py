@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from clip_train.distributed import group_rank, group_size, sum_over_ranks
+from clip_train.distributed import own_part, sum_over_ranks
 from clip_train.evaluation.features import Features
 from clip_train.evaluation.retrieval_ranks import retrieval_ranks
 from clip_train.losses.contrastive import scaled_rows
@@ -70,7 +70,8 @@ def _share_below(ranks: Int64[Tensor, " queries"], k: int) -> float:
 def _loss(features: Features, logit_scale: float) -> float:
     """InfoNCE of the whole set, whose log-sums the ranks share by images."""
     count = len(features.image)
-    own = slice(*(count * (group_rank() + step) // group_size() for step in (0, 1)))
+    part = own_part(count)
+    own = slice(part.start, part.stop)
     scale = torch.tensor(logit_scale, device=features.image.device)
     x = scaled_rows(features.image[own], scale, None)
     rows, columns = LogSums.empty(len(x), features.text), LogSums.empty(count, features.text)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from clip_train.distributed import group_rank, group_size, sum_over_ranks
+from clip_train.distributed import own_part, sum_over_ranks
 from clip_train.heartbeat import beat
 
 # Images and texts of a tile: small enough for a processor's cache, or large enough to fill a GPU.
@@ -48,8 +48,7 @@ def retrieval_ranks(
     Returns:
         The same on every rank.
     """
-    own = range(*(len(image) * (group_rank() + step) // group_size() for step in (0, 1)))
-    scores = _Scores(image, text, own)
+    scores = _Scores(image, text, own_part(len(image)))
     pair_scores = _pair_scores(scores, pairs)
     to_text, to_image = (_best_of(pairs, pair_scores, side, len(x)) for side, x in enumerate((image, text)))
     after_text = torch.zeros(len(image), dtype=torch.int64, device=image.device)

@@ -8,6 +8,7 @@ from clip_train.evaluation.knn_task import knn
 from clip_train.evaluation.linear_probe_task import linear_probe
 from clip_train.evaluation.loaded_model import LoadedModel
 from clip_train.evaluation.moderation_task import moderation
+from clip_train.evaluation.ranking_task import rank
 from clip_train.evaluation.results import Results
 from clip_train.evaluation.retrieval_task import long_text, retrieval
 from clip_train.evaluation.robustness_task import robustness
@@ -20,6 +21,7 @@ TASKS: dict[str, Callable[[LoadedModel, DictConfig], Results]] = {
     "linear_probe": linear_probe,
     "long_text": long_text,
     "moderation": moderation,
+    "rank_captions": rank,
     "retrieval": retrieval,
     "robustness": robustness,
     "zero_shot": zero_shot,

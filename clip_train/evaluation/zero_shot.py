@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from clip_train.data.class_names import ClassNames
-from clip_train.data.eval_batches import EvalBatches, rank_sizes
+from clip_train.data.eval_batches import EvalBatches
 from clip_train.data.tokenizer_choice import CaptionTokenizer
-from clip_train.distributed import gather_ragged, group_rank, group_size
+from clip_train.distributed import agreed, gather_parts, own_part
 from clip_train.evaluation.classification import Classify
 from clip_train.heartbeat import beat
 from clip_train.models import DualEncoder
@@ -26,32 +26,29 @@ def class_embeddings(
     tokenizer: CaptionTokenizer,
     *,
     batch_size: int,
-    device: torch.device,
 ) -> Float[Tensor, "classes embed"]:
     """A unit vector for each class, on every rank: the mean of its captions' unit vectors, normalised again.
 
     Every rank encodes a contiguous share of the classes.
 
     Args:
-        encode_text: token ids to unit vectors.
+        encode_text: token ids, on the host, to unit vectors.
         batch_size: about how many captions at a time, but all of a class.
-        device: where the text tower is.
     """
-    sizes = rank_sizes(len(classes), group_size())
-    first = sum(sizes[: group_rank()])
-    own = [classes.captions(label) for label in range(first, first + sizes[group_rank()])]
+    own = [classes.captions(label) for label in own_part(len(classes))]
     step = max(1, batch_size // max(map(len, own), default=1))
     means = []
-    for start in range(0, len(own), step):
-        beat()
-        some = own[start : start + step]
-        ids = tokenizer([caption for captions in some for caption in captions])
-        encoded = encode_text(torch.from_numpy(ids).to(device)).float().split([len(captions) for captions in some])
-        means.append(F.normalize(torch.stack([captions.mean(0) for captions in encoded]), dim=-1))
-    if not means:  # more ranks than classes: take part with no rows, of the others' width
-        ids = torch.from_numpy(tokenizer(classes.captions(0)[:1])).to(device)
-        means.append(encode_text(ids).float()[:0])
-    return gather_ragged(torch.cat(means), sizes)
+    with agreed(batch_size):
+        for start in range(0, len(own), step):
+            beat()
+            some = own[start : start + step]
+            ids = tokenizer([caption for captions in some for caption in captions])
+            encoded = encode_text(torch.from_numpy(ids)).float().split([len(captions) for captions in some])
+            means.append(F.normalize(torch.stack([captions.mean(0) for captions in encoded]), dim=-1))
+        if not means:  # more ranks than classes: take part with no rows, of the others' width
+            ids = torch.from_numpy(tokenizer(classes.captions(0)[:1]))
+            means.append(encode_text(ids).float()[:0])
+    return gather_parts(torch.cat(means), len(classes))
 
 
 @torch.no_grad()
@@ -60,8 +57,7 @@ def make_classifier(model: DualEncoder, batches: EvalBatches, batch_size: int) -
     classes = set_classes(batches)
     if isinstance(model, LinearProbe | PromptLearner):
         return model.make_classifier(classes)
-    device = model.logit_scale.device
-    weights = class_embeddings(model.encode_text, classes, batches.tokenizer, batch_size=batch_size, device=device)
+    weights = class_embeddings(model.encode_text, classes, batches.tokenizer, batch_size=batch_size)
 
     return lambda pixels: cosines(model.encode_image(pixels), weights)
 
@@ -76,10 +72,9 @@ def make_probability_classifier(model: DualEncoder, batches: EvalBatches, batch_
     Raises:
         ConfigError: some classes have more captions than others.
     """
-    device, scale = model.logit_scale.device, model.logit_scale.exp()
-    options = {"batch_size": batch_size, "device": device}
+    scale = model.logit_scale.exp()
     members = [
-        class_embeddings(model.encode_text, classes, batches.tokenizer, **options)
+        class_embeddings(model.encode_text, classes, batches.tokenizer, batch_size=batch_size)
         for classes in set_classes(batches).one_caption_each()
     ]
 

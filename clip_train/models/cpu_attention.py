@@ -5,7 +5,7 @@ is five products per tile of the batch, from the log-sum-exp that torch's forwar
 section 3.1). Scores and their gradients are computed in fp32, as torch does: small differences are made of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -39,23 +39,15 @@ class _Attention(torch.autograd.Function):
         step = max(1, _SCORES_AT_ONCE // (heads * tokens**2))
         for start in range(0, batch, step):
             part = slice(start, start + step)
-            of_part = (x[part].flatten(0, 1) for x in (query, key, value, out, lse, grads[0]))
-            for whole, grad in zip(found, _tile_backward(*of_part, future, ctx.scale)):
+            tile = [x[part].flatten(0, 1) for x in (query, key, value, out, lse, grads[0])]
+            for whole, grad in zip(found, _tile_backward(tile, future, ctx.scale)):
                 whole[part] = grad.unflatten(0, (-1, heads))
         return (*found, None, None)
 
 
-def _tile_backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    grad: Tensor,
-    future: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _tile_backward(tile: Sequence[Tensor], future: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of some heads' queries, keys and values."""
+    query, key, value, out, lse, grad = tile
     scores = torch.baddbmm(-lse[..., None], query.float(), key.float().mT, alpha=scale)
     probability = scores.exp_()
     if future is not None:

@@ -42,8 +42,12 @@ class ShardAccess:
     @cached_property
     def stager(self) -> Stager:
         """Makes the copies."""
-        cache_size = parse_bytes(self.cache_size, "cache_size")
-        return Stager(self.cache_dir or user_cache(), cache_size, self.retries, self.timeout)
+        return self.make_stager()
+
+    def make_stager(self, group: str = "") -> Stager:
+        """One that names its settings as keys of that group of the config, as `data.`, in errors."""
+        cache_size = parse_bytes(self.cache_size, f"{group}cache_size")
+        return Stager(self.cache_dir or user_cache(), cache_size, self.retries, self.timeout, group)
 
     @contextmanager
     def local(self, shard: str) -> Iterator[str]:

@@ -141,7 +141,7 @@ class ClipDataModule(L.LightningDataModule):
         image_key = val["image_key"] if isinstance(val["image_key"], str) else ";".join(val["image_key"])
         shards = self._open_shards(given["shards"], f"{setting}.shards")
         classes = self._find_classes(f"{setting}.classes", given.get("classes"), shards[0].shard)
-        return read_labelled(shards, classes, image_key, setting)
+        return read_labelled(shards, classes, image_key, setting, "data.val")
 
     def _find_classes(self, setting: str, address: str | None, shard: str) -> ClassNames:
         return read_class_names(address, shard, setting, self._retries, self._timeout)

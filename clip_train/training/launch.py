@@ -3,6 +3,7 @@
 import logging
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from lightning.fabric import Fabric
@@ -13,7 +14,9 @@ from lightning.pytorch.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from torch.distributed.constants import default_pg_timeout
 
+from clip_train.distributed import host_group
 from clip_train.errors import ConfigError
 from clip_train.processes import die_with_parent
 
@@ -88,22 +91,28 @@ def started_by_lightning() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) > 0 and not TorchElasticEnvironment.detect()
 
 
-def join_ranks(world: World) -> torch.device:
+def join_ranks(world: World, timeout: timedelta = default_pg_timeout) -> torch.device:
     """Start the processes that no launcher has started, connect all, and tell this one's device.
 
     For programs without a Trainer, which does this for training.
+
+    Args:
+        timeout: how long a rank may wait for the others.
     """
     if started_by_lightning():
         die_with_parent()
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    for part in ("fabric", "pytorch"):  # which of the two announces the processes depends on what was imported
+        logging.getLogger(f"lightning.{part}").setLevel(logging.WARNING)
     fabric = Fabric(
         accelerator=world.accelerator,
         devices=world.devices,
         num_nodes=world.num_nodes,
-        strategy="auto" if world.size == 1 else DDPStrategy(),
+        strategy="auto" if world.size == 1 else DDPStrategy(timeout=timeout),
         plugins=[world.environment],
     )
     fabric.launch()
+    if world.size > 1:
+        host_group(timeout=timeout)
     return fabric.device
 
 

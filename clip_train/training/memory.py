@@ -1,23 +1,12 @@
-"""Running out of memory: known for what it is, said in one line, provoked on a CPU where Linux would rather kill."""
+"""Running out of memory in training: said in one line, provoked on a CPU where Linux would rather kill."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from clip_train.errors import OutOfMemoryError
-
-# Of PyTorch, the system, CUDA, NCCL and cuBLAS, and of oneDNN, which gives no reason: as a rule it is this one.
-_ALLOCATION_FAILED = (
-    "DefaultCPUAllocator",
-    "Cannot allocate memory",
-    "out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "could not execute a primitive",
-    "could not create a primitive",
-)
+from clip_train.out_of_memory import is_out_of_memory
 
 
 @contextmanager
@@ -40,13 +29,6 @@ def explained_out_of_memory(micro_batch_size: int | None, local_batch: int) -> I
         raise OutOfMemoryError(
             f"out of memory with micro_batch_size={tried} ({at_once} pairs at once on a device): {remedy}"
         ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: on an accelerator, or in the host's memory."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _ALLOCATION_FAILED)
 
 
 @contextmanager

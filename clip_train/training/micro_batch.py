@@ -13,8 +13,9 @@ from torch import Tensor
 
 from clip_train.distributed import max_on_hosts
 from clip_train.errors import OutOfMemoryError
+from clip_train.out_of_memory import is_out_of_memory
 from clip_train.training.cached_gradients import cached_backward
-from clip_train.training.memory import host_memory_limit, is_out_of_memory
+from clip_train.training.memory import host_memory_limit
 from clip_train.training.module import ClipModule
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from clip_train.data.feature_batches import FeatureBatches
-from clip_train.evaluation.feature_cache import compute_features, open_features
+from clip_train.evaluation.feature_cache import compute_features
 from clip_train.evaluation.zero_shot import class_embeddings
 from clip_train.models.linear_probe import LinearProbe
 from clip_train.training.data_module import ClipDataModule
@@ -20,7 +20,7 @@ class ProbeStart(Callback):
 
     Args:
         data: told to serve features in place of pictures.
-        folder: where the features are kept, theirs alone.
+        folder: where the features are kept, theirs alone, shared by all ranks.
         batch_size: pictures per forward pass on a rank.
         fresh: the run begins, and its head with it.
     """
@@ -33,11 +33,11 @@ class ProbeStart(Callback):
         pictures = self.data.unaugmented()
         with whole_weights(probe):
             if self.fresh and probe.initial_head == "zero_shot":
-                where = {"batch_size": self.batch_size, "device": pl_module.device}
+                tokenizer, classes = pictures.tokenizer, probe.classes
                 with precision.forward_context():
-                    names = class_embeddings(probe.encode_text, probe.classes, pictures.tokenizer, **where)
+                    names = class_embeddings(probe.encode_text, classes, tokenizer, batch_size=self.batch_size)
                 probe.start_from_names(names)
-            compute_features(
+            table = compute_features(
                 probe.image_features,
                 pictures,
                 self.folder,
@@ -46,5 +46,4 @@ class ProbeStart(Callback):
                 autocast=precision.forward_context,
                 device=pl_module.device,
             )
-        table = open_features(self.folder, len(pictures))
         self.data.serve_features(FeatureBatches(table, self.data.batches))

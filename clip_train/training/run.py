@@ -11,7 +11,6 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from clip_train.data.loader import keep_workers, let_workers_end
-from clip_train.errors import DataError
 from clip_train.processes import die_with_parent
 from clip_train.training.callbacks import RunCallbacks, RunPlan, make_callbacks
 from clip_train.training.config_check import check_config
@@ -79,8 +78,6 @@ def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) ->
     summary = _summary(trainer, plan, callbacks)
     if trainer.is_global_zero:
         plan.folder.write_summary(summary)
-        if cfg.eval.report:
-            _report(plan.folder)
     return summary
 
 
@@ -120,15 +117,6 @@ def _fit(trainer: L.Trainer, plan: RunPlan) -> RollBack | None:
         return rollback.with_traceback(None)  # which holds the model
     finally:
         let_workers_end()
-
-
-def _report(folder: RunFolder) -> None:
-    from clip_train.report.run_report import write_report  # matplotlib takes a second
-
-    try:
-        log.info("wrote %s", write_report(folder.path))
-    except (DataError, OSError, ValueError, MemoryError) as error:  # a picture page does not undo the run
-        log.error("NO REPORT: %s", error)
 
 
 def _summary(trainer: L.Trainer, plan: RunPlan, callbacks: RunCallbacks) -> dict[str, Any]:

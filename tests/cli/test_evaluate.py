@@ -96,6 +96,7 @@ def test_robustness_has_a_row_for_each_corruption(tmp_path, weights, pattern):
     rows = list(csv.DictReader(io.StringIO(files["results.csv"].decode())))
     assert [row["variant"] for row in rows][:3] == ["", "resize=0.25", "jpeg_quality=50"]
     accuracies = [float(row["acc1"]) for row in rows]
+    assert all(0 < float(row["ece"]) < 1 for row in rows)
     results = json.loads(files["results.json"])
     assert results["dataset"] == "mine"
     assert results["metrics"]["mean_corrupted_acc1"] == pytest.approx(sum(accuracies[1:]) / len(accuracies[1:]))
@@ -118,6 +119,17 @@ def test_what_cannot_be_is_one_line(tmp_path, weights, pattern):
         done = clip_eval(f"output={tmp_path}/out", *arguments)
         assert done.returncode == 2, done.stderr
         assert re.fullmatch(rf"clip-eval: error: {re.escape(message)}.*\n", done.stderr), done.stderr
+
+
+def test_what_only_one_process_lacks_ends_both_in_one_line(tmp_path, weights, pattern):
+    (tmp_path / "rank0").symlink_to(Path(pattern).parent)
+    arguments = [*weights, f"data='{tmp_path}/rank${{oc.env:RANK}}/*.tar'", f"output={tmp_path}/out"]
+    settings = ["trainer.accelerator=cpu", "data.num_workers=0"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = run_module("clip_train.commands.evaluate", [*arguments, *settings], env, 600, ranks=2)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"clip-eval: error: data: no file matches {tmp_path}/rank1/*.tar")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_report_of_a_run_is_written_again(tmp_path):

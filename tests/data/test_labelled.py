@@ -8,7 +8,9 @@ from clip_train.data.index import load_indexes
 from clip_train.data.labelled import open_labelled, set_name, shard_patterns
 from clip_train.data.shards import expand_shards
 from clip_train.errors import ConfigError, DataError
+from clip_train.evaluation.labelled_set import LabelledSet
 from tests.conftest import encode_image, write_shard
+from tests.data.failing_server import Fault
 
 FRUIT = ClassNames(("apple", "red pear"), ("{}",))
 
@@ -82,6 +84,36 @@ def test_class_folders_are_named_by_their_names(tmp_path):
     assert labels(write_folders(tmp_path / "parts" / "test", "apple", "red_pear").parent) == [0, 1]
 
 
+def test_names_above_a_part_hold_for_class_folders_as_for_shards(tmp_path):
+    names = json.dumps({"classnames": ["red pear", "apple"]})
+    folder = write_folders(tmp_path / "parts" / "test", "apple", "red_pear").parent
+    (folder / "classes.json").write_text(names)
+    assert labels(folder) == labels(folder / "test") == [1, 0]
+    (folder / "test" / "classes.json").write_text(json.dumps({"classnames": ["apple", "red pear"]}))
+    assert labels(folder) == [0, 1]
+    shards = write_wds(tmp_path / "wds")
+    (shards / "classes.json").write_text(names)
+    (classes,) = opened(shards).classes
+    assert classes is not None and classes.names == ("red pear", "apple")
+
+
+def test_shards_without_labels_are_none_of_a_labelled_set(make_shards):
+    (shard,) = make_shards([2])
+    with pytest.raises(DataError, match=rf"^data: {shard} has no labels \(cls files\)"):
+        opened(shard, FRUIT)
+
+
+def test_class_names_elsewhere_are_asked_for_as_often_as_said(server):
+    server.add("/names.txt", b"apple")
+    server.faults["/names.txt"] = [Fault(503)] * 9
+    chosen = LabelledSet("test", None, f"{server.url}/names.txt", None, None, "en")
+    with pytest.raises(DataError, match="given up after 2 attempts"):
+        chosen.choose_classes(lambda: FRUIT, retries=1)
+    server.faults["/wds/test/nshards.txt"] = [Fault(503)] * 9
+    with pytest.raises(DataError, match="given up after 3 attempts"):
+        shard_patterns(f"{server.url}/wds", "test", retries=2)
+
+
 def test_class_folders_with_other_names_are_taken_in_their_order(tmp_path):
     folder = write_folders(tmp_path / "fruit", "n02", "n01")
     assert labels(folder, FRUIT) == [0, 1]
@@ -104,6 +136,11 @@ def test_a_folder_of_neither_is_an_error(tmp_path):
         ("a/food/*.tar", "food"),
         ("a/wds_food/test/{0..3}.tar", "wds_food"),
         ("https://host/wds_food/resolve/test/0.tar", "resolve"),
+        ("https://host/sets/wds_food/resolve/main", "wds_food"),
+        ("https://host/sets/wds_food/resolve/main/", "wds_food"),
+        ("https://host/sets/wds_food/resolve/main/test/{0..3}.tar", "wds_food"),
+        ("https://host/sets/many/resolve/main/food/test/0.tar", "food"),
+        ("a/resolve/main", "main"),
     ],
 )
 def test_a_set_is_named_after_its_folder(address, name):

@@ -1,3 +1,4 @@
+import logging
 from contextlib import nullcontext
 
 import pytest
@@ -8,6 +9,7 @@ from clip_train.data.index import load_indexes
 from clip_train.data.pairs import PairReader
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.errors import DataError
+from clip_train.evaluation import progress
 from clip_train.evaluation.features import Features, encode_pairs
 from clip_train.evaluation.picture import draw_retrieval
 from clip_train.models import create_dual_encoder
@@ -43,6 +45,17 @@ def test_a_broken_sample_on_one_rank_is_an_error_on_all(make_shards):
     shards = make_shards([9], lambda s: s | ({"png": b"broken"} if s["__key__"] == "000008" else {}))
     errors = run_on_ranks(encode, 2, shards)
     assert all(f"{shards[0]}[8] cannot be used" in error for error in errors)
+
+
+def test_the_log_tells_how_far_it_is(make_shards, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    shards = make_shards([9])
+    encode(shards)
+    assert not caplog.messages  # it takes no time
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
+    encode(shards)
+    said = [message.rpartition(", ")[0] for message in caplog.messages]
+    assert said[:3] == ["3 of 9 images", "6 of 9 images", "9 of 9 images"] and said[3].startswith("9 images in ")
 
 
 def test_the_model_goes_on_training(make_shards):

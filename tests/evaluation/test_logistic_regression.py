@@ -3,6 +3,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
+from clip_train.evaluation import logistic_regression
 from clip_train.evaluation.logistic_regression import (
     STRENGTHS,
     choose_strength,
@@ -40,6 +41,13 @@ def test_the_gradient_vanishes_in_the_solution():
     losses = torch.nn.functional.cross_entropy(with_ones(features) @ head.T, labels, reduction="sum")
     (losses + head[:, :-1].square().sum() / 20).backward()
     assert head.grad is not None and head.grad.abs().max() < 1e-5
+
+
+def test_rows_at_a_time_give_what_all_at_once_give(monkeypatch):
+    features, labels = problem()
+    whole = fit_logistic_regression(features, labels, 4, 30.0, tolerance=1e-12)
+    monkeypatch.setattr(logistic_regression, "_ROWS", 7)
+    assert torch.allclose(fit_logistic_regression(features, labels, 4, 30.0, tolerance=1e-12), whole, atol=1e-9)
 
 
 def test_the_same_on_any_number_of_ranks():

@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -9,8 +10,9 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 from clip_train.evaluation.captioned_set import encode_texts
 from clip_train.evaluation.moderation import calibrate_thresholds, flag_images, moderation_report
 from clip_train.evaluation.ranking import rank_captions
+from tests.evaluation.test_set_tasks import cached, load, run
 from tests.evaluation.test_set_tasks import labelled as labelled
-from tests.evaluation.test_set_tasks import load, run
+from tests.labelled import CLASSES, TEMPLATES
 
 
 def images(count: int = 60, categories: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,10 +62,25 @@ def test_the_report_on_other_images():
 
 
 def test_the_task(labelled):
-    results = run(labelled, "moderation", f"data.path={labelled}/set")
-    assert list(results.variants) == ["red", "green", "blue", "yellow", "pink", "white", "black"]
-    assert 0 < results.metrics["f1"] <= 1
-    assert (labelled / "out" / "thresholds.json").exists()
+    results = run(labelled, "moderation", f"data.path={labelled}/set", "task.min_precision=0.3")
+    thresholds = json.loads((labelled / "out" / "thresholds.json").read_text())
+    assert list(results.variants) == list(thresholds) == list(CLASSES)
+    features, labels = cached(labelled)[33]
+    texts = encode_texts(load(), [template.format(name) for name in CLASSES for template in TEMPLATES])
+    prompts = torch.nn.functional.normalize(texts.view(len(CLASSES), len(TEMPLATES), -1).mean(1), dim=-1)
+    found: dict[str, list[float]] = {"precision": [], "recall": [], "f1": []}
+    for label, name in enumerate(CLASSES):
+        flagged = features @ prompts[label].numpy() >= thresholds[name].get("threshold", math.inf)
+        truth, of_category = labels == label, results.variants[name]
+        assert ("precision" in of_category) == flagged.any()
+        for key, score in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
+            if key in of_category:
+                found[key].append(score(truth, flagged))
+                assert of_category[key] == pytest.approx(found[key][-1])
+    assert 0 < len(found["precision"]) < len(found["recall"]) == 7  # else the test would not show what a mean is over
+    assert results.metrics == pytest.approx(
+        {**{key: np.mean(values) for key, values in found.items()}, "flagging": len(found["precision"])}
+    )
 
 
 def test_captions_are_ranked(tmp_path):

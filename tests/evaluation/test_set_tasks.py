@@ -1,5 +1,6 @@
 """The tasks of clip-eval that need no class names, on real shards and a small random model."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 
 from clip_train.data.long_captions import split_sentences
-from clip_train.errors import ConfigError, DataError
+from clip_train.distributed import group_rank
+from clip_train.errors import ClipTrainError, ConfigError, DataError
+from clip_train.evaluation.captioned_set import encode_texts
 from clip_train.evaluation.loaded_model import LoadedModel, load_model
+from clip_train.evaluation.ranking import rank_captions
 from clip_train.evaluation.results import Results
 from clip_train.evaluation.tasks import TASKS
 from clip_train.interop.model_source import ModelSource
@@ -163,6 +167,94 @@ def retrieval_on_a_rank(folder: Path) -> dict[str, float]:
     return dict(run(folder, "retrieval", f"data.path={folder}/*.tar", r"task.caption_key=json\:captions").metrics)
 
 
+def test_candidates_are_ranked_for_pictures_in_shards_and_files(described, pool, tmp_path):
+    candidates = ["one fruit", "a very long caption " * 9, "the sea"]
+    (tmp_path / "candidates.txt").write_text("\n\n".join(candidates) + "\n")
+    given = [f"data.path={described}/*.tar", f"task.candidates={tmp_path}/candidates.txt"]
+    results = run(described, "rank_captions", *given)
+    assert (results.metrics["images"], results.metrics["candidates"]) == (12, 3)
+    ranked = json.loads((described / "out" / "ranked_captions.json").read_text())
+    assert [image["key"] for image in ranked] == [f"{n:06d}" for n in range(12)]
+    assert ranked[7]["image"] == f"{described}/00000.tar[7]"
+
+    (tmp_path / "pictures").mkdir()
+    for n in range(12):
+        (tmp_path / "pictures" / f"{n:02d}.png").write_bytes(encode_image(n))
+    paths = sorted((tmp_path / "pictures").iterdir())
+    for image, expected in zip(ranked, rank_captions(load(), paths, [text.strip() for text in candidates])):
+        assert [entry["caption"] for entry in image["captions"]] == [entry.caption for entry in expected]
+        for key in ("cosine", "probability"):
+            found = [entry[key] for entry in image["captions"]]
+            assert found == pytest.approx([getattr(entry, key) for entry in expected], abs=1e-6)
+
+    for again in pool.run(rank_on_a_rank, described, f"data.path={tmp_path}/pictures", given[1], "task.top=1"):
+        assert again == pytest.approx(dict(results.metrics))
+    best = json.loads((described / "out" / "ranked_captions.json").read_text())
+    assert [image["image"] for image in best] == [str(path) for path in paths]
+    assert [image["captions"][0]["caption"] for image in best] == [image["captions"][0]["caption"] for image in ranked]
+    rows = list(csv.DictReader((described / "out" / "ranked_captions.csv").open()))
+    assert [(row["key"], row["rank"]) for row in rows] == [(f"{n:02d}", "1") for n in range(12)]
+
+
+def rank_on_a_rank(folder: Path, *given: str) -> dict[str, float]:
+    return dict(run(folder, "rank_captions", *given).metrics)
+
+
+def test_each_sample_may_have_candidates_of_its_own(described):
+    results = run(described, "rank_captions", f"data.path={described}/*.tar")
+    ranked = json.loads((described / "out" / "ranked_captions.json").read_text())
+    assert results.metrics["candidates"] == 24
+    for image in ranked:
+        assert sorted(entry["caption"] for entry in image["captions"]) == ["a", "b c"]
+        assert sum(entry["probability"] for entry in image["captions"]) == pytest.approx(1)
+
+
+def test_candidates_that_cannot_be(described, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "0.png").write_bytes(encode_image(0))
+    shards = f"data.path={described}/*.tar"
+    for given, message in (
+        (
+            [shards, f"task.candidates={tmp_path}/none.txt"],
+            r"^task\.candidates=.*none\.txt cannot be read: No",
+        ),
+        ([shards, f"task.candidates={tmp_path}/empty.txt"], r"empty\.txt has no captions: one on each line"),
+        ([shards, r"task.caption_key=txt"], r"has no captions under task\.caption_key=txt"),
+        ([shards, "task.top=0"], r"^task\.top=0 is not at least 1"),
+        ([f"data.path={tmp_path}"], r"without captions of their own; give task\.candidates=FILE"),
+    ):
+        with pytest.raises(ClipTrainError, match=message):
+            run(described, "rank_captions", *given)
+
+
+def test_texts_that_are_the_same_are_encoded_once():
+    loaded, rows = load(), []
+    loaded.model.text.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    texts = [f"text {n % 20}" for n in range(50)]
+    vectors = encode_texts(loaded, texts)
+    assert sum(rows) == 20 and len(rows) > 1
+    assert all(torch.equal(vectors[n], vectors[n % 20]) for n in range(50))
+    assert len(vectors.unique(dim=0)) == 20
+
+
+def test_what_only_one_rank_lacks_ends_both(described, pool, tmp_path):
+    (tmp_path / "0").symlink_to(described)
+    for said in pool.run(error_on_a_rank, tmp_path):
+        assert said == f"data: no file matches {tmp_path}/1/*.tar"
+    (tmp_path / "1").mkdir()
+    write_shard(tmp_path / "1" / "00000.tar", [{"__key__": "0", "png": encode_image(0), "json": {"captions": ["a"]}}])
+    for said in pool.run(error_on_a_rank, tmp_path):
+        assert "the ranks see different shards" in said
+
+
+def error_on_a_rank(folder: Path) -> str:
+    """Where each rank has data of its own."""
+    data = f"data.path={folder}/{group_rank()}/*.tar"
+    with pytest.raises(DataError) as error:
+        run(folder, "retrieval", data, r"task.caption_key=json\:captions")
+    return str(error.value).partition(" (")[0]
+
+
 def test_retrieval_that_cannot_be(described, tmp_path):
     data = f"data.path={described}/*.tar"
     for error, overrides, message in (
@@ -170,6 +262,13 @@ def test_retrieval_that_cannot_be(described, tmp_path):
         (ConfigError, [data, "task.long_text=mean"], r"^task\.long_text=mean is none of truncate, chunk_mean"),
         (ConfigError, [data, "task.stride=99"], r"^task\.stride=99 is not a number of tokens between 1 and the 14"),
         (DataError, [data], r"has no captions under task\.caption_key=txt"),
+        (ConfigError, [data, r"task.caption_key=yaml\:a"], r"^task\.caption_key='yaml:a' is neither"),
+        (DataError, [data, "data.image_key=tiff"], r"has no images under data\.image_key=tiff"),
+        (ConfigError, [data, "data.image_key=[png,jpg]"], r"^data\.image_key=\['png', 'jpg'\] is not extensions"),
+        (ConfigError, [data, "data.image_key=null"], r"^data\.image_key=None is not extensions"),
+        (ConfigError, [data, "data.retries=-1"], r"^data\.retries=-1 is negative"),
+        (ConfigError, [data, "data.cache_size=much"], r"^data\.cache_size=much"),
+        (ConfigError, [data, "data.timeout=soon"], r"^data\.timeout: "),
         (DataError, [f"data.path={tmp_path}"], r"there are no shards"),
     ):
         with pytest.raises(error, match=message):

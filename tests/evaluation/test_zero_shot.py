@@ -81,9 +81,7 @@ def test_equals_open_clips_arithmetic_in_float64(pattern, batch_size):
     model, batches = tiny_model(), labelled_set(pattern)
     (classes,) = batches.reader.classes
     assert classes is not None
-    found = class_embeddings(
-        model.encode_text, classes, batches.tokenizer, batch_size=batch_size, device=torch.device("cpu")
-    )
+    found = class_embeddings(model.encode_text, classes, batches.tokenizer, batch_size=batch_size)
     assert torch.allclose(found.double(), weights, atol=1e-6)
 
 

@@ -72,7 +72,8 @@ def attention_inputs(tokens: int) -> list[Tensor]:
 
 def attention_grads(inputs: list[Tensor], dtype: torch.dtype, **options: Any) -> list[Tensor]:
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs[:3]]
-    out = F.scaled_dot_product_attention(*leaves, **options)
+    query, key, value = leaves
+    out = F.scaled_dot_product_attention(query, key, value, **options)
     return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3].to(dtype))]
 
 

@@ -10,6 +10,7 @@ import torch
 from clip_train.data.class_names import ClassNames
 from clip_train.data.feature_batches import FeatureTable, chunk_parts
 from clip_train.data.tokenizer import ClipTokenizer
+from clip_train.distributed import group_rank
 from clip_train.errors import DataError
 from clip_train.evaluation.feature_cache import compute_features
 from clip_train.losses.classification import ClassificationLoss
@@ -103,6 +104,17 @@ def test_ranks_share_the_work_and_a_bad_sample_is_noted(tmp_path):
     mean_colours(pattern, tmp_path / "features")
     again = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").iterdir()}
     assert all((again[path] == times[path]) == path.name.startswith("00000") for path in times)
+
+
+def test_ranks_that_name_the_features_differently_share_those_of_the_first(tmp_path):
+    pattern = make_labelled(tmp_path / "set", [200, 100])
+    assert run_on_ranks(mean_colours_under_own_name, 2, pattern, tmp_path) == ["", ""]
+    assert not (tmp_path / "features1").exists()
+    assert len(list((tmp_path / "features0").glob("*.npy"))) == 2
+
+
+def mean_colours_under_own_name(pattern: str, folder: Path) -> str:
+    return mean_colours(pattern, folder / f"features{group_rank()}")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
