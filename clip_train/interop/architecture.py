@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from timm.layers import QuickGELU
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from clip_train.errors import ConfigError
+from clip_train.models.fast_layers import QuickGELU
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
-from timm.layers import Mlp, QuickGELU
+from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from clip_train.errors import ConfigError
+from clip_train.models.fast_layers import QuickGELU
 
 # Logits at a time: those of all tokens of a batch, times a vocabulary of 49,408, would take more than the towers.
 _LOGITS_AT_ONCE = 1 << 26

@@ -45,7 +45,7 @@ class TextConfig:
     pretrained: bool = False
     pool: str = "mean"
     options: Mapping[str, Any] = field(default_factory=dict)
-    length_multiple: int | None = 16
+    length_multiple: int | None = 8
 
     @classmethod
     def of(cls, text: Mapping[str, Any]) -> "TextConfig":

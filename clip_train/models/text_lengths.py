@@ -6,6 +6,7 @@ nothing of that. Captions of the web have some 11 words; a context has 77 tokens
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -50,6 +51,10 @@ def with_lengths(
     return TokenIds(sent, measure(ids)) if measure and ids.device.type == "cpu" else sent
 
 
+# What a call of the tower costs beside its tokens, about as much as so many tokens: on a processor the gradients of its
+# weights, which are added up once more; on a GPU the starting of its kernels.
+CALL_COST = 512
+
 Encode = Callable[[Int64[Tensor, "some length"]], Float[Tensor, "some embed"]]
 
 
@@ -60,13 +65,13 @@ def encode_by_length(
     measure: Callable[[Tensor], Int64[np.ndarray, " b"]],
     one_group: bool = False,
 ) -> Float[Tensor, "b embed"]:
-    """What `encode` makes of the texts, each cut to its length rounded up to a multiple, in their own order.
+    """What `encode` makes of the texts in groups of similar length, each cut to its longest, in the texts' own order.
 
     Args:
-        encode: called once for each length that occurs, with all texts of it.
+        encode: called once for each group.
         ids: if their lengths are not given, they are measured where that needs no waiting, on the host. If they are not
             known, or without a multiple, all texts are as long as they are padded.
-        multiple: of so many tokens. Large enough, lengths are few, and a compiled tower meets few shapes.
+        multiple: lengths are rounded up to one of so many tokens, so that a compiled tower meets few shapes.
         measure: the lengths of texts on the host.
         one_group: all texts at the longest of their lengths, in one call.
     """
@@ -75,13 +80,32 @@ def encode_by_length(
     if isinstance(ids, Tensor) or multiple is None:
         return encode(ids if isinstance(ids, Tensor) else ids.ids)
     padded = np.minimum(-(-ids.lengths // multiple) * multiple, ids.ids.shape[1])
-    lengths, counts = np.unique(padded, return_counts=True)
-    if one_group or len(lengths) < 2:
-        return encode(ids.ids[:, : lengths.max(initial=1)])
+    groups = _groups(padded, one_group)
+    if len(groups) == 1:
+        return encode(ids.ids[:, : groups[0].length])
     order = np.argsort(padded, kind="stable")
-    groups = ids.ids[_on_device(order, ids.ids)].split(counts.tolist())
-    encoded = [encode(group[:, :length]) for group, length in zip(groups, lengths.tolist())]
+    parts = ids.ids[_on_device(order, ids.ids)].split([group.texts for group in groups])
+    encoded = [encode(part[:, : group.length]) for part, group in zip(parts, groups)]
     return torch.cat(encoded)[_on_device(np.argsort(order), ids.ids)]
+
+
+class _Group(NamedTuple):
+    length: int
+    texts: int
+
+
+def _groups(padded: Int64[np.ndarray, " b"], one: bool) -> list[_Group]:
+    """In the order of their lengths. Few texts join those of the next length, if that is cheaper than a call."""
+    lengths, counts = np.unique(padded, return_counts=True)
+    groups, padding = [_Group(int(lengths[-1]), int(counts[-1]))], 0
+    for length, count in zip(lengths[-2::-1].tolist(), counts[-2::-1].tolist()):
+        padding += count * (groups[0].length - length)
+        if one or padding <= CALL_COST:
+            groups[0] = _Group(groups[0].length, groups[0].texts + count)
+        else:
+            groups.insert(0, _Group(length, count))
+            padding = 0
+    return groups
 
 
 def _on_device(rows: Int64[np.ndarray, " b"], like: Tensor) -> Int64[Tensor, " b"]:

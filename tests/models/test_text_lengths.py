@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clip_train.errors import ConfigError
-from clip_train.models import create_dual_encoder
+from clip_train.models import create_dual_encoder, text_lengths
 from clip_train.models.hf_text import HFTextTower
 from clip_train.models.siglip_text import SiglipTextTower
 from clip_train.models.text_config import TextConfig
@@ -46,6 +46,12 @@ def note_shapes(model: TextTower | HFTextTower | SiglipTextTower) -> list[tuple[
         lambda _, args, inputs: noted.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
     )
     return noted
+
+
+@pytest.fixture(autouse=True)
+def calls_cost_nothing(monkeypatch):
+    """Else so few texts would be one group."""
+    monkeypatch.setattr(text_lengths, "CALL_COST", 0)
 
 
 def assert_same(found: Tensor, expected: Tensor, name: str = "") -> None:
@@ -88,6 +94,16 @@ def test_one_group_is_as_long_as_its_longest_text():
     assert shapes == [(4, 20)]
     assert model(ids[2:]).shape == (2, 24)
     assert shapes[1:] == [(2, 12)]
+
+
+def test_few_texts_join_the_next_length_where_a_call_costs_more(monkeypatch):
+    model, ids = tower("clip"), texts("clip")
+    expected, shapes = model(ids), note_shapes(model)
+    for cost, groups in ((3, GROUPS), (4, [(2, 12), (3, 4), (3, 20)]), (12, [(4, 8), (4, 20)])):
+        monkeypatch.setattr(text_lengths, "CALL_COST", cost)
+        assert_same(model(ids), expected)
+        assert sorted(shapes) == groups
+        shapes.clear()
 
 
 def test_padding_that_comes_first_is_left_in():
