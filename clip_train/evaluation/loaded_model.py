@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from clip_train.data.tokenizer_choice import CaptionTokenizer, choose_tokenizer
 from clip_train.errors import ConfigError, DataError
@@ -66,10 +67,21 @@ def load_model(
     text = TextConfig.of(source.config["text"])
     tokenizer = choose_tokenizer(text.tokenizer_name, text.context_length, clean=text.clean)
     model = source.model.to(device)
+    if precision == "bf16":
+        _round_products(model)
     if compile:
         model.vision.compile()
         model.text.trunk.compile(dynamic=True)  # texts come in groups of several lengths
     return LoadedModel(source, tokenizer, device, precision, batch_size, num_workers)
+
+
+def _round_products(model: nn.Module) -> None:
+    """Keep in bf16 the matrices that autocast would round for each batch."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.dtype == torch.float32:
+            module.weight.data = module.weight.data.bfloat16()
+            if module.bias is not None:
+                module.bias.data = module.bias.data.bfloat16()
 
 
 def check_numbers(values: torch.Tensor) -> None:

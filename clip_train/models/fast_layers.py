@@ -26,18 +26,26 @@ class PatchProjection(nn.Conv2d):
         return made
 
     def forward(self, input: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b width rows columns"]:
-        patches = input.unflatten(3, (-1, self.kernel_size[1])).unflatten(2, (-1, self.kernel_size[0]))
-        rows = patches.permute(0, 2, 4, 1, 3, 5).flatten(3)  # of each patch: channels, then its pixels
-        return F.linear(rows, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        # The numbers of a patch lie in the order in which the picture has them: what is copied is in runs.
+        if input.is_contiguous(memory_format=torch.channels_last):
+            pixels = input.permute(0, 2, 3, 1).unflatten(2, (-1, self.kernel_size[1]))
+            rows = pixels.unflatten(1, (-1, self.kernel_size[0])).permute(0, 1, 3, 2, 4, 5).flatten(3)
+            weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        else:
+            pixels = input.unflatten(3, (-1, self.kernel_size[1])).unflatten(2, (-1, self.kernel_size[0]))
+            rows, weight = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3), self.weight.flatten(1)
+        return F.linear(rows, weight, self.bias).permute(0, 3, 1, 2)
 
 
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), OpenAI's activation, as silu(1.702 x) / 1.702: one tensor is kept for backward, not two."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.requires_grad and not torch.compiler.is_compiling():  # a compiler makes one kernel of it anyway
+        if torch.compiler.is_compiling():  # which makes one kernel of it
+            return F.silu(1.702 * input) * (1 / 1.702)
+        if input.requires_grad:
             return _ScaledSilu.apply(input)
-        return F.silu(1.702 * input) * (1 / 1.702)
+        return F.silu(1.702 * input, inplace=True).mul_(1 / 1.702)
 
 
 class _ScaledSilu(torch.autograd.Function):

@@ -117,7 +117,7 @@ def _batch(job: StepJob) -> tuple[Tensor, Tensor]:
     config = model_config(job.model)
     size, length = config["image_size"], config["text"]["context_length"]
     captions = [job.captions[number % len(job.captions)] for number in range(job.batch)]
-    pixels = torch.randint(0, 256, (job.batch, 3, size, size), dtype=torch.uint8)
+    pixels = torch.randint(0, 256, (job.batch, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     return pixels, torch.from_numpy(ClipTokenizer(length)(captions))
 
 
@@ -168,7 +168,7 @@ def _open_clip(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
     clip = open_clip.create_model(OPEN_CLIP_NAMES[job.model], output_dict=True, device=job.device)
     (pixels, ids), at_once = _batch(job), micro_batch or job.batch
     pieces = [slice(start, start + at_once) for start in range(0, job.batch, at_once)]
-    loader = _Loader([(pixels[part] / 127.5 - 1, ids[part]) for part in pieces])
+    loader = _Loader([(pixels[part].contiguous() / 127.5 - 1, ids[part]) for part in pieces])
     data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
     decayed = [p for p in clip.parameters() if p.ndim >= 2]
     others = [p for p in clip.parameters() if p.ndim < 2]
