@@ -164,6 +164,7 @@ def describe_weights(source: ModelSource, given: Mapping[str, Any]) -> dict[str,
     """
     places = {key: lasting(given[key]) for key in ("weights", "base") if given.get(key)}
     config = {key: value for key, value in source.config.items() if key != "grad_checkpointing"}
+    config["text"] = {key: value for key, value in config["text"].items() if key != "length_multiple"}
     return {**given, **places, "model": config, "sha256": weights_checksum(source.model.state_dict())}
 
 

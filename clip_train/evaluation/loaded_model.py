@@ -71,7 +71,8 @@ def load_model(
         _round_products(model)
     if compile:
         model.vision.compile()
-        model.text.trunk.compile(dynamic=True)  # texts come in groups of several lengths
+        # Texts come in groups of several lengths, but for towers that read them whole.
+        (model.text.trunk if hasattr(model.text, "measure") else model.text).compile(dynamic=True)
     return LoadedModel(source, tokenizer, device, precision, batch_size, num_workers)
 
 

@@ -6,15 +6,15 @@ section 3.1). Scores and their gradients are computed in fp32, as torch does: sm
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+_torchs = F.scaled_dot_product_attention
 _SCORES_AT_ONCE = 1 << 19  # some megabytes, which stay in the cache
 
 Heads = Float[Tensor, "b heads tokens width"]
@@ -57,17 +57,7 @@ def _tile_backward(tile: Sequence[Tensor], future: Tensor | None, scale: float) 
     return score_grad @ key, score_grad.mT @ query, probability.to(query.dtype).mT @ grad
 
 
-class _Attend(TorchFunctionMode):
-    """Answers calls of `scaled_dot_product_attention` that `_Attention` can."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and (found := _taken(*args, **kwargs)) is not None:
-            return found
-        return func(*args, **kwargs)
-
-
-def _taken(
+def _attend(
     query: Heads,
     key: Heads,
     value: Heads,
@@ -76,18 +66,28 @@ def _taken(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Heads | None:
-    """The result, or None for torch's own way."""
+) -> Heads:
+    """`scaled_dot_product_attention`, by `_Attention` where that can."""
+    inputs = (query, key, value)
     plain = attn_mask is None and not dropout_p and query.shape == key.shape == value.shape and query.ndim == 4
-    dtypes = {x.dtype for x in (query, key, value)}
-    if not plain or dtypes != {torch.bfloat16} or not query.requires_grad:
-        return None
-    return _Attention.apply(query, key, value, is_causal, query.shape[-1] ** -0.5 if scale is None else scale)
+    suited = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(-1) == 1 for x in inputs)
+    if plain and suited and query.requires_grad and query.numel():
+        return _Attention.apply(*inputs, is_causal, query.shape[-1] ** -0.5 if scale is None else scale)
+    return _torchs(*inputs, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 @contextmanager
 def fast_attention(device: torch.device) -> Iterator[None]:
-    """Inside, attention is computed so where it helps: of bf16 on a CPU with instructions for it."""
-    helps = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    with _Attend() if helps else nullcontext():
+    """Inside, timm's and transformers' attention is computed so, where it helps: on a CPU with instructions for bf16.
+
+    Backward belongs inside, too: with checkpointing it computes forward again.
+    """
+    helps = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if not helps or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         yield
+        return
+    F.scaled_dot_product_attention = _attend
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = _torchs

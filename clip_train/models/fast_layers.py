@@ -26,15 +26,17 @@ class PatchProjection(nn.Conv2d):
         return made
 
     def forward(self, input: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b width rows columns"]:
+        (high, wide), (height, width) = self.kernel_size, input.shape[2:]
+        last = input.is_contiguous(memory_format=torch.channels_last)
+        input = input[:, :, : height // high * high, : width // wide * wide]  # what is over belongs to no patch
         # The numbers of a patch lie in the order in which the picture has them: what is copied is in runs.
-        if input.is_contiguous(memory_format=torch.channels_last):
-            pixels = input.permute(0, 2, 3, 1).unflatten(2, (-1, self.kernel_size[1]))
-            rows = pixels.unflatten(1, (-1, self.kernel_size[0])).permute(0, 1, 3, 2, 4, 5).flatten(3)
-            weight = self.weight.permute(0, 2, 3, 1).flatten(1)
+        if last:
+            pixels = input.permute(0, 2, 3, 1).unflatten(2, (-1, wide)).unflatten(1, (-1, high))
+            rows, weight = pixels.permute(0, 1, 3, 2, 4, 5), self.weight.permute(0, 2, 3, 1)
         else:
-            pixels = input.unflatten(3, (-1, self.kernel_size[1])).unflatten(2, (-1, self.kernel_size[0]))
-            rows, weight = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3), self.weight.flatten(1)
-        return F.linear(rows, weight, self.bias).permute(0, 3, 1, 2)
+            pixels = input.unflatten(3, (-1, wide)).unflatten(2, (-1, high))
+            rows, weight = pixels.permute(0, 2, 4, 1, 3, 5), self.weight
+        return F.linear(rows.flatten(3), weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class QuickGELU(nn.Module):

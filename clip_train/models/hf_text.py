@@ -17,13 +17,17 @@ from clip_train.models.text_lengths import TokenIds, encode_by_length
 from clip_train.models.text_tower import checkpoint_blocks
 
 POOLS = ("cls", "mean", "last")
+# Encoders that make nothing of their padding. Others mix it in: by a Fourier transform, a convolution, landmarks.
+_HEED_NO_PADDING = ("bert", "camembert", "deberta-v2", "distilbert", "electra", "gpt2", "mpnet", "mt5", "qwen2")
+_HEED_NO_PADDING += ("roberta", "t5", "umt5", "xlm-roberta")
 T = TypeVar("T")
 
 
 class HFTextTower(nn.Module):
     """Token ids to unnormalised embeddings; padding is left out of attention.
 
-    So texts go through in groups of similar length (`text_lengths.py`), where lengths are known and padding is last.
+    So texts go through in groups of similar length (`text_lengths.py`), where lengths are known and padding is last, if
+    the encoder is one that makes nothing of its padding.
 
     Args:
         name: of a model on the hub, a folder, or a type of transformers such as `bert`, whose config class has the
@@ -59,7 +63,6 @@ class HFTextTower(nn.Module):
         length_multiple: int | None = None,
     ) -> None:
         super().__init__()
-        self.length_multiple, self.one_group = length_multiple, False
         if pool not in POOLS:
             raise ConfigError(f"model.text.pool={pool} is none of {', '.join(POOLS)}")
         config = _read_config(name, dict(options or {}))
@@ -68,6 +71,8 @@ class HFTextTower(nn.Module):
             raise ConfigError(f"model.text.context_length={context_length}: {name} takes texts up to {longest} tokens")
         if self.pad_id is None:
             raise ConfigError(f"model.text.name={name}: its config has no pad_token_id; give it in model.text.options")
+        short = config.model_type in _HEED_NO_PADDING
+        self.length_multiple, self.one_group = length_multiple if short else None, False
         self.vocab_size: int = config.get_text_config().vocab_size
         self.pool = pool
         self.trunk = _make_encoder(name, config, pretrained)

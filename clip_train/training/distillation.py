@@ -25,14 +25,21 @@ class Teacher:
         model: of any width, for the same pictures and token ids as the student.
         loss_weight: of the distillation loss, beside the student's own.
         matmul_dtype: as of `contrastive_loss`.
+        same_lengths: its text tower is of the kind of the student's, and so reads as many tokens of a text.
 
     Attributes:
         metrics: `train/distillation_loss` of the last step, on the device.
     """
 
-    def __init__(self, model: DualEncoder, loss_weight: float, matmul_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        model: DualEncoder,
+        loss_weight: float,
+        matmul_dtype: torch.dtype | None,
+        same_lengths: bool,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.loss_weight, self.matmul_dtype = loss_weight, matmul_dtype
+        self.loss_weight, self.matmul_dtype, self.same_lengths = loss_weight, matmul_dtype, same_lengths
         self.metrics: dict[str, Tensor] = {}
 
     def to(self, device: torch.device) -> None:
@@ -62,6 +69,8 @@ class Teacher:
     @torch.no_grad()
     def _encode(self, images: Tensor, texts: Tensor | TokenIds, at_once: int) -> tuple[Tensor, Tensor]:
         parts = [slice(start, start + at_once) for start in range(0, len(images), at_once)]
+        if isinstance(texts, TokenIds) and not self.same_lengths:
+            texts = texts.ids
         image = [self.model.encode_image(images[part]) for part in parts]
         text = [self.model.encode_text(texts[part]) for part in parts]
         return torch.cat(image), torch.cat(text)
@@ -91,7 +100,8 @@ def open_teacher(
                 f"distill: the teacher's {key} is {theirs[key]}, the student's {value}: both are given the same"
                 " pictures and tokens; take another teacher, or its setting for the student"
             )
-    return Teacher(source.model, distill["loss_weight"], matmul_dtype)
+    same_lengths = TextConfig.of(student["text"]).name == TextConfig.of(source.config["text"]).name
+    return Teacher(source.model, distill["loss_weight"], matmul_dtype, same_lengths)
 
 
 def _inputs(model: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clip_train.distributed import max_on_hosts
 from clip_train.errors import OutOfMemoryError
+from clip_train.models.cpu_attention import fast_attention
 from clip_train.out_of_memory import is_out_of_memory
 from clip_train.training.cached_gradients import cached_backward
 from clip_train.training.memory import host_memory_limit
@@ -68,7 +69,7 @@ def _hold_what_a_step_holds(module: ClipModule, images: Tensor, texts: Tensor, p
     held.append(torch.ones(rows, module.model.embed_dim, device=module.device))
     held.append(torch.ones(_MARGIN // 4, device=module.device))
     try:
-        with module.trainer.precision_plugin.train_step_context():
+        with fast_attention(module.device), module.trainer.precision_plugin.train_step_context():
             cached_backward(
                 module.model,
                 lambda *features: torch.stack([x.sum() for x in features if x.requires_grad]).sum(),

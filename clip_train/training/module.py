@@ -137,8 +137,9 @@ class ClipModule(L.LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         start = time.perf_counter()
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
-        # With their lengths, while they are on the host: the step asks the device for nothing.
-        cast(dict[str, Any], moved)["text"] = with_lengths(moved["text"], batch["text"], self.model.text)
+        if "text" in self.model.batch_keys and not batch.get("error"):
+            # With their lengths, while they are on the host: the step asks the device for nothing.
+            cast(dict[str, Any], moved)["text"] = with_lengths(moved["text"], batch["text"], self.model.text)
         moved["seconds"] = {**batch["seconds"], "transfer": time.perf_counter() - start}
         return moved
 

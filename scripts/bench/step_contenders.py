@@ -168,7 +168,9 @@ def _open_clip(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
     clip = open_clip.create_model(OPEN_CLIP_NAMES[job.model], output_dict=True, device=job.device)
     (pixels, ids), at_once = _batch(job), micro_batch or job.batch
     pieces = [slice(start, start + at_once) for start in range(0, job.batch, at_once)]
-    loader = _Loader([(pixels[part].contiguous() / 127.5 - 1, ids[part]) for part in pieces])
+    loader = _Loader(
+        [((pixels[part].contiguous() / 127.5 - 1).to(job.device), ids[part].to(job.device)) for part in pieces]
+    )
     data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
     decayed = [p for p in clip.parameters() if p.ndim >= 2]
     others = [p for p in clip.parameters() if p.ndim < 2]

@@ -7,9 +7,10 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from clip_train.models import create_dual_encoder
-from clip_train.models.cpu_attention import _Attend, _Attention, fast_attention
+from clip_train.models.cpu_attention import _Attention, fast_attention
 from clip_train.models.fast_layers import PatchProjection, QuickGELU, use_fast_layers
 
 
@@ -23,7 +24,7 @@ def backward(module: nn.Module, inputs: Tensor) -> tuple[Tensor, list[Tensor]]:
 def test_patches_are_projected_as_by_the_convolution(bias):
     torch.manual_seed(0)
     conv = nn.Conv2d(3, 10, (4, 8), (4, 8), bias=bias).double()
-    pixels = torch.randn(2, 3, 12, 24, dtype=torch.float64)
+    pixels = torch.randn(2, 3, 14, 31, dtype=torch.float64)  # not a multiple of the patches
     fast = PatchProjection.of(conv)
     assert fast.weight is conv.weight and fast.state_dict().keys() == conv.state_dict().keys()
     for layout in (pixels, pixels.contiguous(memory_format=torch.channels_last)):
@@ -63,6 +64,12 @@ def test_models_have_them():
     assert not {kind.__name__ for kind in kinds} & {"QuickGELUActivation", "Conv2d"}
 
 
+@pytest.fixture
+def instructions(monkeypatch):
+    """As if this processor had those for bf16."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+
+
 def attention_inputs(tokens: int) -> list[Tensor]:
     """Queries, keys and values as a fused projection gives them, and a gradient."""
     generator = torch.Generator().manual_seed(0)
@@ -79,11 +86,11 @@ def attention_grads(inputs: list[Tensor], dtype: torch.dtype, **options: Any) ->
 
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.5}])
 @pytest.mark.parametrize("tokens", [1, 9, 300])  # 300: a tile is not the whole batch
-def test_attention_of_bf16_is_as_exact_as_torchs(tokens, options):
+def test_attention_of_bf16_is_as_exact_as_torchs(instructions, tokens, options):
     inputs = attention_inputs(tokens)
     exact = attention_grads(inputs, torch.float64, **options)
     torchs = attention_grads(inputs, torch.bfloat16, **options)
-    with _Attend():
+    with fast_attention(torch.device("cpu")):
         ours = attention_grads(inputs, torch.bfloat16, **options)
     assert torch.equal(ours[0], torchs[0])
     for found, other, reference in zip(ours[1:], torchs[1:], exact[1:], strict=True):
@@ -92,8 +99,8 @@ def test_attention_of_bf16_is_as_exact_as_torchs(tokens, options):
         assert error <= 0.01 * reference.norm() + 1e-5
 
 
-@pytest.mark.parametrize("change", ["fp32", "mask", "no_grad", "cross"])
-def test_other_attention_is_torchs(monkeypatch, change):
+@pytest.mark.parametrize("change", ["fp32", "mask", "no_grad", "cross", "strides"])
+def test_other_attention_is_torchs(monkeypatch, instructions, change):
     def fail(*args: Any) -> None:
         raise AssertionError("not for this")
 
@@ -103,10 +110,12 @@ def test_other_attention_is_torchs(monkeypatch, change):
         query, key, value = query.float(), key.float(), value.float()
     if change == "cross":
         key, value = key[:, :, :5], value[:, :, :5]
+    if change == "strides":
+        query, key, value = (torch.randn(3, 4, 16, 8).bfloat16().mT for _ in range(3))
     mask = torch.ones(8, 8, dtype=torch.bool) if change == "mask" else None
-    query = query.clone().requires_grad_(change != "no_grad")
+    query = query.detach().requires_grad_(change != "no_grad")
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    with _Attend():
+    with fast_attention(torch.device("cpu")):
         assert torch.equal(F.scaled_dot_product_attention(query, key, value, attn_mask=mask), expected)
 
 
@@ -119,3 +128,19 @@ def test_it_is_for_processors_with_bf16(monkeypatch):
         with fast_attention(torch.device("cpu")):
             F.scaled_dot_product_attention(query, query, query)
         assert len(calls) == 1
+    F.scaled_dot_product_attention(query, query, query)
+    assert len(calls) == 1
+
+
+def test_attention_that_is_computed_again_has_the_same_gradients(instructions):
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value).square().sum()
+
+    gradients = []
+    for again in (False, True):
+        leaves = [x.detach().clone().requires_grad_() for x in attention_inputs(9)[:3]]
+        with fast_attention(torch.device("cpu")):
+            total: Any = checkpoint(attend, *leaves, use_reentrant=False) if again else attend(*leaves)
+            total.backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))

@@ -114,6 +114,12 @@ def test_padding_that_comes_first_is_left_in():
     assert shapes == [(len(LENGTHS), CONTEXT)]
 
 
+def test_encoders_that_heed_their_padding_get_it():
+    fnet = HFTextTower("fnet", CONTEXT, 24, options={**SMALL, "vocab_size": 100, "pad_token_id": 3}, length_multiple=4)
+    assert fnet.length_multiple is None
+    assert tower("mean").length_multiple == 4
+
+
 def test_a_text_without_an_end_is_taken_whole():
     model, ids = tower("clip"), texts("clip")
     ids[ids == 99] = 98

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
+from clip_train.data.batches import assemble, failed
 from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder
+from clip_train.models.text_lengths import TokenIds
 from clip_train.training.durations import Clock
 from clip_train.training.module import ClipModule, Loss
 from tests.checkpoints.states import assert_equal
@@ -89,6 +92,18 @@ def test_rates_of_towers_follow_the_schedule(tmp_path):
     train("32", 4, tmp_path, checkpoint, optim={**OPTIM, "lr": 1e-2, "text": {"lr": 2e-3}}, callbacks=[Rates()])
     factor = 0.5  # at half of the four steps
     assert rates[0] == pytest.approx((1e-2 * factor, 2e-3 * factor, 1e-2 * factor))
+
+
+def test_texts_are_sent_with_their_lengths_where_there_are_any():
+    clock = Clock(BATCH_SIZE, epoch_samples=BATCH_SIZE, total_samples=BATCH_SIZE)
+    module, cpu = ClipModule(create_dual_encoder(**TINY), contrastive_loss, OPTIM, clock, seed=0), torch.device("cpu")
+    pixels, ids = random_batch(BATCH_SIZE)
+    sent = module.transfer_batch_to_device(assemble(pixels.permute(0, 2, 3, 1), ids.numpy()), cpu, 0)["text"]
+    assert isinstance(sent, TokenIds) and torch.equal(sent.ids, ids)
+    assert module.transfer_batch_to_device(failed("no sample can be used"), cpu, 0)["error"] == "no sample can be used"
+    module.model.batch_keys = ("features", "label")  # of a linear probe, whose batches have no texts
+    features = assemble(pixels.permute(0, 2, 3, 1), np.empty((BATCH_SIZE, 0), dtype=np.int64))
+    assert module.transfer_batch_to_device(features, cpu, 0)["text"].shape == (BATCH_SIZE, 0)
 
 
 class Changes(L.Callback):
