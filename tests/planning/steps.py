@@ -1,5 +1,7 @@
 """Real models, steps and their peak memory, for what is planned to be held against."""
 
+import ctypes
+
 import torch
 
 from clip_train.losses import contrastive_loss
@@ -7,6 +9,7 @@ from clip_train.models import create_dual_encoder
 from scripts.bench.measure import PeakMemory
 from tests.cli.warm_start import context
 
+_M_MMAP_THRESHOLD = -3
 TEXT = {"width": 128, "layers": 4, "heads": 2, "context_length": 32, "vocab_size": 1000, "length_multiple": None}
 VIT = {
     "embed_dim": 64,
@@ -43,6 +46,7 @@ def peak_of_step(config: dict, pairs: int, checkpointing: bool) -> int:
 
 def _step(config: dict, pairs: int, checkpointing: bool, answer) -> None:
     torch.set_num_threads(1)
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back: else pages between stay resident
     model = create_dual_encoder(**config, grad_checkpointing=checkpointing)
     pixels = torch.randint(256, (pairs, 3, config["image_size"], config["image_size"]), dtype=torch.uint8)
     ids = torch.randint(2, config["text"]["vocab_size"], (pairs, config["text"]["context_length"]))

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from clip_train.commands.program import config_dir
 from clip_train.models import create_dual_encoder
-from clip_train.planning.activations import measure_activations
+from clip_train.planning.activations import measure_activations, measure_footprint
 from clip_train.planning.job import Job
 from clip_train.planning.memory import largest_micro_batch, loss_bytes, plan_memory
 from clip_train.planning.states import States, count_states, sharded_units
@@ -55,7 +55,7 @@ def test_the_peak_of_a_step_is_that_of_a_real_one(config, pairs, checkpointing):
     planned = PlannedModel(config)
     if checkpointing:
         planned.enable_grad_checkpointing()
-    footprint = measure_activations(planned, pairs).at(pairs)
+    footprint = measure_footprint(planned, pairs)
     measured = steps.peak_of_step(config, pairs, checkpointing)
     assert footprint.peak_with_gradients == pytest.approx(measured, rel=0.15)
 
