@@ -43,9 +43,9 @@ def _gpu(name: str, memory: float, bf16: float, fp32: float, link: float, networ
     return Hardware(name, memory * _GIB, bf16 * _TERA, fp32 * _TERA, link * _GIGA, network * _GIGA)
 
 
-# Vendors' data sheets: products without sparsity. Memory is what drivers report. Links one way: NVLink, or PCIe 4.0 x16.
-# Networks are what is usual in nodes of eight: an InfiniBand adapter of 200 (A100) or 400 Gb/s per GPU; elsewhere 100 and
-# 25 Gb/s of Ethernet per GPU.
+# Vendors' data sheets: products without sparsity. Memory is what drivers report. Links one way: NVLink, or PCIe 4.0
+# x16. Networks are what is usual in nodes of eight: an InfiniBand adapter of 200 (A100) or 400 Gb/s per GPU; elsewhere
+# 100 and 25 Gb/s of Ethernet per GPU.
 TABLE = {
     "a100": _gpu("A100 SXM 80 GB", 79.2, 312, 19.5, 300, 25),
     "h100": _gpu("H100 SXM 80 GB", 79.2, 989, 67, 450, 50),
