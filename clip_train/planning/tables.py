@@ -167,12 +167,12 @@ def _assumptions(plan: Plan) -> list[str]:
     network = hardware.network / _GIGA if options.network is None else options.network
     loss_rate = hardware.fp32 if plan.chosen.job.matmul_bytes == 4 else hardware.bf16
     return [
-        f"{hardware.rate(plan.precision) / 1e12:,.1f} TFLOP/s in {plan.precision}, {loss_rate / 1e12:,.1f} for the loss, of"
-        f" which a step reaches {options.efficiency:.0%} (plan.efficiency)",
+        f"{hardware.rate(plan.precision) / 1e12:,.1f} TFLOP/s in {plan.precision}, {loss_rate / 1e12:,.1f} in the loss"
+        f": a step reaches {options.efficiency:.0%} (plan.efficiency)",
         f"{hardware.link / _GIGA:,.0f} GB/s per GPU inside a node, {network:,.1f} between nodes, of which collectives"
         f" reach {options.link_efficiency:.0%} (plan.link_efficiency)",
-        f"gradients hide behind {options.overlap:.0%} of the last backward pass (plan.overlap), features behind nothing",
-        f"memory is that of texts of {plan.context_length} tokens, the whole context; time that of {plan.typical_tokens},"
+        f"gradients hide behind {options.overlap:.0%} of the last backward (plan.overlap), features behind nothing",
+        f"memory is that of texts of {plan.context_length} tokens, the whole context; time of {plan.typical_tokens},"
         f" as the tower takes captions of {options.caption_tokens} (plan.caption_tokens)",
         f"of {hardware.memory / _GIB:.1f} GiB a step may take {options.usable_memory:.0%} (plan.usable_memory)",
         f"a core decodes {options.images_per_core:,.0f} images/s (plan.images_per_core)",
