@@ -147,7 +147,7 @@ def _convolution_backward(
 ) -> int:
     """As much for the pixels, if they get a gradient, and for the weights as forward; torch's own ignores groups."""
     transposed, output_mask = args[4], args[-1]
-    return conv_flop_count(x, weight, grad, transposed) * sum(output_mask[:2])
+    return conv_flop_count(list(x), list(weight), list(grad), transposed) * sum(output_mask[:2])
 
 
 _CONVOLUTION = {torch.ops.aten.convolution_backward: _convolution_backward}

@@ -22,6 +22,7 @@ from tests.ranks import RankPool
 BATCH = 12
 BIAS = {"init_logit_bias": -10.0}
 VIT = steps.VIT | {"image_size": 16}
+VIT_WIDTH = 64
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +88,20 @@ def _fsdp_step(model, micro_batch_size):
 @pytest.mark.parametrize("loss", ["contrastive", "sigmoid"])
 def test_ddp_sends_what_is_planned(pair, loss, exchange):
     config = VIT | (BIAS if loss == "sigmoid" else {})
-    job = Job(BATCH, 2, 1, None, "ddp", loss, exchange, 4, config["embed_dim"])
+    job = Job(BATCH, 2, 1, None, "ddp", loss, exchange, 4, VIT_WIDTH)
     assert pair.run(sent_bytes, config, job) == [planned_bytes(config, job)] * 2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 def test_fsdp_sends_what_is_planned(pair, micro_batch_size, checkpointing):
-    job = Job(BATCH, 2, 1, micro_batch_size, "fsdp", "contrastive", "gather", 4, VIT["embed_dim"])
+    job = Job(BATCH, 2, 1, micro_batch_size, "fsdp", "contrastive", "gather", 4, VIT_WIDTH)
     config = VIT | {"grad_checkpointing": checkpointing}
     assert pair.run(sent_bytes, config, job) == [planned_bytes(config, job)] * 2
 
 
 def test_one_process_sends_nothing():
-    job = Job(BATCH, 1, 1, None, "ddp", "contrastive", "gather", 4, VIT["embed_dim"])
+    job = Job(BATCH, 1, 1, None, "ddp", "contrastive", "gather", 4, VIT_WIDTH)
     assert planned_bytes(VIT, job) == 0
 
 
