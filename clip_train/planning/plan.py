@@ -1,6 +1,6 @@
 """All that `clip-plan` says: the job as it is, other ways to run it, and how it scales."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -294,6 +294,4 @@ def _can(planner: Planner, checkpointing: bool, wanted: bool) -> bool:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """All figures, in bytes, seconds and operations, by the names of the fields here."""
-    from dataclasses import asdict
-
     return asdict(plan)

@@ -111,37 +111,29 @@ def _alternatives(plan: Plan) -> Table:
 
 
 def _scaling(plan: Plan) -> Table:
-    rows = []
+    header = ("GPUs", "pairs each", "at once", "efficiency", "exchange")
+    header += ("GiB", "s/step", "pairs/s", "days", "GPU-hours", "cores each")
     first = next((variant for variant in plan.scaling.values() if variant is not None), None)
-    for gpus, variant in plan.scaling.items():
-        if variant is None or first is None:
-            rows.append((f"{gpus:,}", *[_DASH] * 3, "does not fit", *[_DASH] * 6))
-            continue
-        alone = first.pairs_per_second / first.job.world_size
-        exchanged = (variant.step.loss_exchange + variant.step.gradient_exchange) / variant.step.total
-        rows.append(
-            (
-                f"{gpus:,}",
-                f"{variant.job.local_batch:,}",
-                f"{variant.job.at_once:,}",
-                f"{variant.pairs_per_second / gpus / alone:.0%}",
-                f"{exchanged:.0%}",
-                *_figures(variant),
-            )
-        )
-    header = (
-        "GPUs",
-        "pairs each",
-        "at once",
-        "efficiency",
-        "exchange",
-        "GiB",
-        "s/step",
-        "pairs/s",
-        "days",
-        "GPU-hours",
-    )
+    rows = [
+        (f"{gpus:,}", *_scaled(plan, variant, first))
+        if variant is not None and first is not None
+        else (f"{gpus:,}", "does not fit", *[_DASH] * (len(header) - 2))
+        for gpus, variant in plan.scaling.items()
+    ]
     return _table(f"The same batch of {plan.chosen.job.batch_size:,} on other numbers of GPUs", header, rows)
+
+
+def _scaled(plan: Plan, variant: Variant, first: Variant) -> tuple[str, ...]:
+    each, alone = (way.pairs_per_second / way.job.world_size for way in (variant, first))
+    exchanged = variant.step.loss_exchange + variant.step.gradient_exchange
+    return (
+        f"{variant.job.local_batch:,}",
+        f"{variant.job.at_once:,}",
+        f"{each / alone:.0%}",
+        f"{exchanged / variant.step.total:.0%}",
+        *_figures(variant),
+        f"{each / plan.options.images_per_core:.1f}",
+    )
 
 
 def _figures(variant: Variant) -> tuple[str, ...]:
