@@ -252,6 +252,8 @@ def _notes(cfg: DictConfig, chosen: Variant, room: float, largest: int | None) -
         notes.append(f"does not fit: {chosen.memory.peak / 2**30:.1f} GiB of {room / 2**30:.1f}; {remedy}")
     if cfg.trainer.devices == "auto":
         notes.append("trainer.devices=auto is taken as 1: give the GPUs per node")
+    if not str(cfg.loss._target_).startswith("clip_train.losses."):
+        notes.append(f"{cfg.loss._target_} is not known here: the loss is taken as contrastive")
     if cfg.get("distill") is not None:
         notes.append("distill: the teacher's memory and time are not in these figures")
     return notes
