@@ -6,6 +6,7 @@ import torch
 
 from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder
+from clip_train.training.cached_gradients import cached_backward
 from scripts.bench.measure import PeakMemory
 from tests.cli.warm_start import context
 
@@ -30,13 +31,15 @@ SIGLIP = {
     "embed_dim": 128,
     "text": {**TEXT, "name": "siglip", "tokenizer": "any", "proj": "none", "context_length": 64},
 }
+# Of whose weights and gradients there is as much as of activations.
+WORDY = {**VIT, "text": {**TEXT, "vocab_size": 100_000}}
 CONVNET = {**VIT, "vision": {"name": "convnext_atto"}, "image_size": 96}
 
 
-def peak_of_step(config: dict, pairs: int, checkpointing: bool) -> int:
-    """Bytes that a forward, loss and backward in a fresh process take above the model."""
+def peak_of_step(config: dict, pairs: int, checkpointing: bool = False, at_once: int | None = None) -> int:
+    """Bytes that a forward, loss and backward in a fresh process take above the model, in micro-batches if so said."""
     here, there = context.Pipe()
-    process = context.Process(target=_step, args=(config, pairs, checkpointing, there))
+    process = context.Process(target=_step, args=(config, pairs, checkpointing, at_once, there))
     process.start()
     try:
         return here.recv()
@@ -44,18 +47,25 @@ def peak_of_step(config: dict, pairs: int, checkpointing: bool) -> int:
         process.join()
 
 
-def _step(config: dict, pairs: int, checkpointing: bool, answer) -> None:
+def _step(config: dict, pairs: int, checkpointing: bool, at_once: int | None, answer) -> None:
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back: else pages between stay resident
     model = create_dual_encoder(**config, grad_checkpointing=checkpointing)
     pixels = torch.randint(256, (pairs, 3, config["image_size"], config["image_size"]), dtype=torch.uint8)
     ids = torch.randint(2, config["text"]["vocab_size"], (pairs, config["text"]["context_length"]))
 
-    def step(some: int) -> None:
-        contrastive_loss(*model(pixels[:some], ids[:some]), **model.logit_parameters()).backward()
+    def step(some: int, at_once: int) -> None:
+        cached_backward(
+            model,
+            contrastive_loss,
+            model.logit_parameters(),
+            (pixels[:some], ids[:some]),
+            micro_batch_size=at_once,
+            backward=lambda surrogate, last: surrogate.backward(),
+        )
         model.zero_grad()
 
-    step(2)  # what libraries allocate once
+    step(4, 2)  # what libraries allocate once
     with PeakMemory() as peak:
-        step(pairs)
+        step(pairs, at_once or pairs)
     answer.send(peak.bytes)

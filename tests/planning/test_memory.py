@@ -60,6 +60,19 @@ def test_the_peak_of_a_step_is_that_of_a_real_one(config, pairs, checkpointing):
     assert footprint.peak_with_gradients == pytest.approx(measured, rel=0.05)
 
 
+def test_micro_batches_hold_the_gradients_of_the_others():
+    planned = PlannedModel(steps.WORDY)
+    states, activations = (
+        States(0.0, 4.0 * sum(planned.parameters().values()), 0.0, 0.0),
+        measure_activations(planned, 16),
+    )
+    job = Job(48, 1, 1, 16, "ddp", "contrastive", "gather", 4, 64)
+    memory = plan_memory(job, states, activations, [], 64, 32)
+    measured = steps.peak_of_step(steps.WORDY, 48, at_once=16)
+    assert memory.gradients > 0.3 * memory.peak
+    assert memory.peak - memory.batch == pytest.approx(measured, rel=0.05)
+
+
 def test_activations_grow_by_the_pair(planned):
     activations = measure_activations(planned, 64)
     footprint = measure_activations(planned, 512).at(512)
