@@ -38,8 +38,8 @@ def _train(cfg: DictConfig) -> int:
 
     from clip_train.commands.program import EXIT_DONE, EXIT_RESUMABLE
 
-    _choose_run_length(cfg, list(HydraConfig.get().overrides.task))
-    _name_to_config(cfg, "distill.model")
+    choose_run_length(cfg, list(HydraConfig.get().overrides.task))
+    name_to_config(cfg, "distill.model")
     from clip_train.commands.console import log_to_terminal  # imports stay in here: see program.py
     from clip_train.training.run import train
 
@@ -68,7 +68,7 @@ def _report(folder: Path) -> None:
         log.error("NO REPORT: %s", error)
 
 
-def _choose_run_length(cfg: DictConfig, overrides: list[str]) -> None:
+def choose_run_length(cfg: DictConfig, overrides: list[str]) -> None:
     """A length on the command line replaces the config's own.
 
     Raises:
@@ -83,7 +83,7 @@ def _choose_run_length(cfg: DictConfig, overrides: list[str]) -> None:
             cfg[key] = None
 
 
-def _name_to_config(cfg: DictConfig, key: str) -> None:
+def name_to_config(cfg: DictConfig, key: str) -> None:
     """Where a choice of the group `model` is named, put its config, so that the run's own has all of it."""
     from hydra import compose
     from omegaconf import OmegaConf

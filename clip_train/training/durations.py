@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from clip_train.errors import ConfigError
 
-_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*([kMG]?)")
+_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e\+?[0-9]+)?)\s*([kMGB]?)")
 _DURATION = re.compile(_NUMBER.pattern + r"\s*(samples?|steps?|epochs?|%|)")
-_PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+_PREFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
 _TIME = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*(s|sec|seconds?|m|min|minutes?|h|hours?|)")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3600}
 RUN_LENGTH_KEYS = ("max_samples", "max_steps", "max_epochs")

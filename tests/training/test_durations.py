@@ -20,6 +20,7 @@ CLOCK = Clock(batch_size=100, epoch_samples=1000, total_samples=20_000)
         ("10k samples", 10_000),
         ("1.5M samples", 1_500_000),
         ("1e3 samples", 1000),
+        ("0.5B samples", 500_000_000),
     ],
 )
 def test_durations(duration, samples):

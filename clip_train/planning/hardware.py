@@ -1,0 +1,135 @@
+"""What a device can do: rates, memory and bandwidths, from a table or measured here."""
+
+import difflib
+import json
+import os
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clip_train.data.files import write_atomic
+from clip_train.errors import ConfigError
+
+_GIB, _TERA, _GIGA = 2**30, 1e12, 1e9
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A kind of device.
+
+    Attributes:
+        memory: bytes that a program sees.
+        bf16, fp32: operations per second of dense products. PyTorch rounds no fp32 product to TF32 unless told to.
+        link, network: bytes per second that a device sends to others in its node, and to those of other nodes.
+    """
+
+    name: str
+    memory: float
+    bf16: float
+    fp32: float
+    link: float
+    network: float
+
+    def rate(self, precision: str) -> float:
+        """Operations per second under a `trainer.precision`."""
+        return self.fp32 if precision == "32" else self.bf16
+
+
+def _gpu(name: str, memory: float, bf16: float, fp32: float, link: float, network: float) -> Hardware:
+    return Hardware(name, memory * _GIB, bf16 * _TERA, fp32 * _TERA, link * _GIGA, network * _GIGA)
+
+
+# Vendors' data sheets: products without sparsity. Memory is what drivers report. Links one way: NVLink, or PCIe 4.0
+# x16. Networks are what is usual in nodes of eight: an InfiniBand adapter of 200 (A100) or 400 Gb/s per GPU; elsewhere
+# 100 and 25 Gb/s of Ethernet per GPU.
+TABLE = {
+    "a100": _gpu("A100 SXM 80 GB", 79.2, 312, 19.5, 300, 25),
+    "h100": _gpu("H100 SXM 80 GB", 79.2, 989, 67, 450, 50),
+    "h200": _gpu("H200 SXM 141 GB", 139.8, 989, 67, 450, 50),
+    "l40s": _gpu("L40S 48 GB", 44.4, 362, 91.6, 32, 12.5),
+    "rtx4090": _gpu("RTX 4090 24 GB", 23.5, 165, 82.6, 32, 3.1),
+}
+
+
+def find_hardware(name: str) -> Hardware:
+    """One of the table, this processor measured now (`cpu`), or what `clip-plan calibrate` wrote (`NAME.json`).
+
+    Raises:
+        ConfigError: there is no such hardware, or the file is none of ours.
+    """
+    if name in TABLE:
+        return TABLE[name]
+    if name == CPU:
+        return measure_hardware(torch.device("cpu"))
+    if name.endswith(".json"):
+        return read_hardware(Path(name))
+    close = difflib.get_close_matches(name, [*TABLE, CPU], n=1)
+    hint = f"did you mean {close[0]}?" if close else f"there are {', '.join([*TABLE, CPU])}"
+    raise ConfigError(f"plan.hardware={name} is unknown; {hint} Or give a file that `clip-plan calibrate` wrote")
+
+
+def read_hardware(path: Path) -> Hardware:
+    """Raises ConfigError if the file is not there, or none of ours."""
+    try:
+        found = json.loads(path.read_text())
+        return Hardware(**{field.name: field.type(found[field.name]) for field in fields(Hardware)})  # pyright: ignore
+    except OSError as error:
+        raise ConfigError(f"plan.hardware={path}: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"plan.hardware={path} is no file of `clip-plan calibrate`: write it again") from error
+
+
+def write_hardware(hardware: Hardware, path: Path) -> None:
+    """Raises ConfigError if the file cannot be written."""
+    write_json(asdict(hardware), path, "output")
+
+
+def write_json(content: Any, path: Path, setting: str) -> None:
+    """Raises ConfigError, naming the setting, if the file cannot be written."""
+    try:
+        write_atomic(path, (json.dumps(content, indent=2) + "\n").encode())
+    except OSError as error:
+        raise ConfigError(f"{setting}={path} cannot be written: {error.strerror or error}") from error
+
+
+def measure_hardware(device: torch.device, seconds: float = 0.5) -> Hardware:
+    """Rates of square products and size of memory. Bandwidths are not measured: those of the table's usual kind.
+
+    Args:
+        seconds: of products, for each of the two rates.
+    """
+    on_gpu = device.type == "cuda"
+    size = 8192 if on_gpu else 1024
+    fp32 = _product_rate(device, torch.float32, size, seconds)
+    bf16 = fp32
+    if on_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        bf16 = _product_rate(device, torch.bfloat16, size, seconds)
+    link, network = (32e9, 3.1e9) if on_gpu else (5e9, 1.2e9)
+    if on_gpu:
+        known = torch.cuda.get_device_properties(device)
+        like = next((TABLE[key] for key in TABLE if key in known.name.lower().replace(" ", "")), None)
+        link, network = (like.link, like.network) if like else (link, network)
+        return Hardware(known.name, float(known.total_memory), bf16, fp32, link, network)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Hardware(f"this processor, {torch.get_num_threads()} thread(s)", float(memory), bf16, fp32, link, network)
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float) -> float:
+    """Operations per second; the fastest of several products, as others may want the device."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    fastest, end = float("inf"), time.perf_counter() + seconds
+    for number in range(1000):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.perf_counter()
+        if number:  # the first one finds kernels and memory
+            fastest = min(fastest, now - start)
+        if number and now > end:
+            break
+    return 2 * size**3 / fastest

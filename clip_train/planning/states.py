@@ -1,0 +1,129 @@
+"""What a rank holds from step to step: weights, gradients, the optimizer's state, an average of the weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clip_train.models import DualEncoder
+from clip_train.models.layers import repeated_blocks
+from clip_train.models.locking import fixed_names
+from clip_train.training.optimizer import parameter_groups
+
+_TOWERS = ("vision", "text", "decoder")
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of all ranks together, which a sharding strategy divides.
+
+    Attributes:
+        weights: parameters and buffers.
+        gradients: of what learns.
+        optimizer: its state after the first step.
+        average: of `ema.decay`; 0 without.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    average: float
+
+
+def count_states(model: nn.Module, optim: Mapping[str, Any], averaged: bool = False) -> States:
+    """Of a model and the `optim` group.
+
+    Args:
+        averaged: whether `ema.decay` is set.
+    """
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    tensors = [*model.parameters(), *model.buffers()]
+    return States(_bytes(tensors), _bytes(learning), optimizer_bytes(model, optim), _average(model) if averaged else 0)
+
+
+def optimizer_bytes(model: nn.Module, optim: Mapping[str, Any]) -> float:
+    """Of the state that the optimizer keeps for each parameter, in the parameter's own dtype; counters left out."""
+    groups = parameter_groups(model, optim)
+    return float(sum(_bytes(parameter for _, parameter in group["params"]) * _copies(optim, group) for group in groups))
+
+
+def _copies(optim: Mapping[str, Any], group: Mapping[str, Any]) -> int:
+    """How many numbers the optimizer keeps for each one that learns."""
+    match optim.get("name", "adamw"):
+        case "lion":
+            return 1
+        case "sgd":
+            return 1 if optim.get("momentum") else 0
+        case "muon":
+            return 2 if group.get("use_fallback") else 1  # the fallback is AdamW
+        case "adamw":
+            return 3 if optim.get("amsgrad") else 2
+    return 2
+
+
+def _average(model: nn.Module) -> float:
+    """In fp32, of what training changes."""
+    fixed = fixed_names(model)
+    kept = model.state_dict(keep_vars=True)
+    return 4.0 * sum(t.numel() for name, t in kept.items() if t.is_floating_point() and name not in fixed)
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class ShardedUnit:
+    """What FSDP2 gathers and cuts at once: a block, or what is left of a tower.
+
+    Attributes:
+        parameters: that it holds itself, not those of units inside.
+        is_tower: it stays gathered from forward to backward if it learns; a block does not.
+    """
+
+    parameters: list[Tensor]
+    is_tower: bool
+
+    def gathered_bytes(self, world_size: int) -> float:
+        """Of all ranks' parts, which are equal: the first axis is padded to a multiple of the ranks."""
+        return sum(_padded(parameter, world_size) for parameter in self.parameters)
+
+    def reduced_bytes(self, world_size: int) -> float:
+        """The same of the gradients of what learns."""
+        return sum(_padded(parameter, world_size) for parameter in self.parameters if parameter.requires_grad)
+
+    @property
+    def learns(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters)
+
+
+def sharded_units(model: DualEncoder) -> list[ShardedUnit]:
+    """As `training/fsdp.py` cuts the model."""
+    units: list[ShardedUnit] = []
+    for tower in (part for name, part in model.named_children() if name in _TOWERS):
+        taken: set[int] = set()
+        for module in (*repeated_blocks(tower), tower):  # inner ones first
+            own = [parameter for parameter in module.parameters() if id(parameter) not in taken]
+            taken |= {id(parameter) for parameter in own}
+            if own:
+                units.append(ShardedUnit(list[Tensor](own), module is tower))
+    return units
+
+
+def beside_towers(model: DualEncoder) -> list[Tensor]:
+    """Parameters that stay whole on every rank: the logit scale and bias, and adapters."""
+    inside = {id(parameter) for unit in sharded_units(model) for parameter in unit.parameters}
+    return [parameter for parameter in model.parameters() if id(parameter) not in inside]
+
+
+def _padded(parameter: Tensor, world_size: int) -> int:
+    rows = parameter.shape[0] if parameter.ndim else 1
+    per_row = parameter.numel() // max(rows, 1)
+    return -(-rows // world_size) * world_size * per_row * parameter.element_size()
+
+
+def dtype_bytes(name: str | None) -> int:
+    """Of a number of `loss.matmul_dtype`; fp32 if None."""
+    return 4 if name is None else getattr(torch, name).itemsize

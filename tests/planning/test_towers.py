@@ -1,0 +1,78 @@
+"""Operations against the published figures, and every config can be counted."""
+
+from functools import cache
+
+import pytest
+
+from clip_train.errors import ConfigError
+from clip_train.planning.towers import Flops, PlannedModel
+from tests.models.configs import load_config
+
+# Billions per sample, image and text, as in open_clip's docs/model_profile.csv (multiplications and additions).
+PUBLISHED = {
+    "vit_b_32": (8.82, 5.96),
+    "vit_l_14": (162.03, 13.30),
+    "convnext_base": (30.72, 5.96),
+}
+
+
+OTHERS = ["align_base", "eva02_b_16", "dinov2_b_14", "rn50x4", "vit_so400m_14_siglip2", "vit_bigg_14"]
+
+
+@cache
+def whole(name: str) -> Flops:
+    """Of a pair with a text of the whole context."""
+    return PlannedModel(load_config(name)).count_flops()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_operations_are_the_published_ones(name):
+    flops = whole(name)
+    image, text = PUBLISHED[name]
+    assert flops.forward["vision"] == pytest.approx(image * 1e9, rel=0.002)
+    assert flops.forward["text"] == pytest.approx(text * 1e9, rel=0.002)
+    # Backward is two products for each of forward, but for the patches, whose pixels get no gradient.
+    assert flops.training == pytest.approx(3 * flops.forward_total, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_b_16_siglip", "rn50", "coca_vit_b_32", *(pytest.param(n, marks=pytest.mark.slow) for n in OTHERS)],
+)
+def test_every_family_can_be_counted_in_bf16(name):
+    planned = PlannedModel(load_config(name), precision="bf16-mixed")
+    flops = planned.count_flops(tokens=16)
+    recomputed = 0.04 if name == "coca_vit_b_32" else 0.0  # the logits, always
+    assert flops.training == pytest.approx((3 + recomputed) * flops.forward_total, rel=0.04)
+    assert all(flops.forward[part] > 0 for part in planned.parts)
+
+
+def test_recomputing_costs_another_forward_but_for_what_nothing_needs():
+    """A block's last product, a third of it, gives only what the next one has kept."""
+    planned = PlannedModel(load_config("vit_b_32"))
+    before = whole("vit_b_32")
+    planned.enable_grad_checkpointing()
+    after = planned.count_flops()
+    assert after.forward == before.forward
+    assert after.training == pytest.approx(before.training + 2 / 3 * before.forward_total, rel=0.02)
+
+
+def test_a_short_text_takes_its_share_of_the_context():
+    planned = PlannedModel(load_config("vit_b_32"))
+    assert planned.typical_tokens(13) == 16
+    short = planned.count_flops(planned.typical_tokens(13)).forward
+    assert short["vision"] == whole("vit_b_32").forward["vision"]
+    assert short["text"] < whole("vit_b_32").forward["text"] * 17 / 77
+    assert PlannedModel(load_config("vit_b_16_siglip")).typical_tokens(13) == 64  # reads after the padding
+
+
+def test_a_locked_tower_has_no_backward():
+    locked = PlannedModel(
+        load_config("vit_b_32"), {"method": "lit", "lock": "image", "unlocked_groups": 0, "freeze_bn_stats": True}
+    ).count_flops()
+    assert locked.training == pytest.approx(locked.forward["vision"] + 3 * locked.forward["text"], rel=0.02)
+
+
+def test_a_method_that_needs_classes_is_refused():
+    with pytest.raises(ConfigError, match="finetune=linear_probe needs the data's classes"):
+        PlannedModel(load_config("vit_tiny"), {"method": "linear_probe"})
