@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from encode_contenders import FOLDERS, IMAGE, OURS, TEXT, Job, Sample, measure_encoding
+from encode_contenders import FOLDERS, IMAGE, OPEN_CLIP, OURS, TEXT, Job, Sample, measure_encoding
 from loader_shards import built_sets
 from measure import describe_machine, markdown_table, run_ranks
 from safetensors.torch import save_file
@@ -30,7 +30,7 @@ from clip_train.models import create_dual_encoder
 NOTES = """
 From the shard to unit vectors, loading included. `ours` is `clip-embed`, which writes files as well; the others collect
 vectors in memory, from a DataLoader over webdataset, their own preparation and their own towers. Ratios are to
-open_clip without compile. `difference` is the largest of a coordinate of the first eight vectors, from open_clip's:
+the first row of open_clip; compiling is not in the time. `difference` is the largest of a coordinate of the first eight vectors, from open_clip's:
 transformers prepares pictures by other code, and differs more in these.
 
 Texts are encoded at the length that they have, in groups (`model.text.length_multiple`); open_clip encodes 77 tokens of
@@ -110,7 +110,7 @@ def table(samples: Mapping[Any, Sequence[Sample]]) -> str:
     rates = {key: statistics.median(sample.per_second for sample in of_one) for key, of_one in samples.items()}
     rows = []
     for (side, contender, compiled), of_one in samples.items():
-        base = next(key for key in samples if key[0] == side and key[1] == "open_clip")
+        base = next(key for key in samples if key[0] == side and key[1] == OPEN_CLIP)
         rate, difference = rates[side, contender, compiled], np.abs(of_one[0].first - samples[base][0].first).max()
         ratio = f"{rate / rates[base]:.2f}"
         rows.append([f"{side}s", contender, "yes" if compiled else "no", f"{rate:.1f}", ratio, f"{difference:.0e}"])
