@@ -29,9 +29,9 @@ from clip_train.models import create_dual_encoder
 
 NOTES = """
 From the shard to unit vectors, loading included. `ours` is `clip-embed`, which writes files as well; the others collect
-vectors in memory, from a DataLoader over webdataset, their own preparation and their own towers. Ratios are to
-the first row of open_clip; compiling is not in the time. `difference` is the largest of a coordinate of the first eight vectors, from open_clip's:
-transformers prepares pictures by other code, and differs more in these.
+vectors in memory, from a DataLoader over webdataset, their own preparation and their own towers. Ratios are to the
+first row of open_clip; compiling is not in the time. `difference` is the largest of a coordinate of the first eight
+vectors, from open_clip's.
 
 Texts are encoded at the length that they have, in groups (`model.text.length_multiple`); open_clip encodes 77 tokens of
 each, transformers the longest of the batch.
