@@ -99,6 +99,15 @@ def test_conditions_reach_nothing_but_the_metadata(folder, tmp_path):
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["file_index", "File_Row_Number", "clip_train_row", "clip_train_file"])
+def test_a_column_that_would_stand_for_the_place_of_a_sample_is_refused(name, tmp_path):
+    path = make_folder(tmp_path, unit_vectors(4, WIDTH), parts=1).metadata[0]
+    table = parquet.read_table(path)
+    parquet.write_table(table.append_column(name, [[3, 2, 1, 0]]), path)
+    with pytest.raises(DataError, match=rf"^where= needs the name of the column '{name}'.*: write them without it"):
+        Searcher(EmbeddingFolder.open(tmp_path), IMAGE).allowed("price >= 0")
+
+
 def test_a_condition_that_takes_too_much_memory_is_one_line(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(filters, "_MEMORY", "50MB")
     monkeypatch.chdir(tmp_path)
