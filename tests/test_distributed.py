@@ -71,6 +71,16 @@ def test_a_fault_of_another_rank_is_no_error_of_the_user():
     assert (code, error) == (1, "clip-eval: error: rank 1: KeyError: 'lost'\n")
 
 
+@pytest.mark.parametrize("error", [MemoryError(), ERRORS["memory"], RuntimeError("DefaultCPUAllocator: can't allocate")])
+def test_out_of_memory_anywhere_is_one_line(error):
+    def task(cfg: DictConfig) -> int:
+        raise error
+
+    code, _, said = call(lambda: run_program("clip-eval", "eval", task))
+    assert (code, said.count("\n")) == (2, 1)
+    assert said.startswith("clip-eval: error: out of memory: take a smaller batch_size or model, or ")
+
+
 def parts(count: int) -> tuple[list[int], list[int], str]:
     own = own_part(count)
     rows = torch.tensor([[number, -number] for number in own], dtype=torch.int64).view(-1, 2)
