@@ -99,6 +99,15 @@ def gather_objects(local: list[T], group: dist.ProcessGroup | None = None) -> li
     return [entry for part in gathered for entry in part]
 
 
+def gather_on_first(local: list[T]) -> list[T]:
+    """The entries of all ranks' lists, in rank order, on the first rank; on the others nothing."""
+    if group_size() == 1:
+        return local
+    gathered: list[list[T]] | None = [[] for _ in range(group_size())] if group_rank() == 0 else None
+    dist.gather_object(local, gathered, dst=0, group=host_group())
+    return [entry for part in gathered or [] for entry in part]
+
+
 def of_first_rank(local: T) -> T:
     """The first rank's value, on every rank: for what they might find out differently, such as the time."""
     return gather_objects([local])[0]
