@@ -1,6 +1,7 @@
 """Indexes, filters, and what is found with them, without a model."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -181,9 +182,11 @@ def test_folders_of_clip_retrieval_are_read_and_others_refused(tmp_path):
     assert [(hit.number, hit.row) for hit in hits[:1]] == [(2, {"caption": "c0"})]
     hits += Searcher(renamed, IMAGE).search(QUERIES[0], SearchOptions(60, where="width = 64"))
     assert {read_picture(hit.row) for hit in hits} == {None}
-    print_table([Answer("x", None, hits)], Console())
+    answers = [Answer("x\udcff.png", None, hits)]  # a file's name that is not UTF-8
+    print_table(answers, Console())
     for suffix in ("html", "json", "png"):
-        write_results(f"{tmp_path}/found.{suffix}", [Answer("x", None, hits)])
+        write_results(f"{tmp_path}/found.{suffix}", answers)
+    assert json.loads((tmp_path / "found.json").read_text("utf-8"))[0]["query"] == "x?.png"
     renamed.metadata[3].unlink()
     with pytest.raises(DataError, match=r"is not complete: each \.npy needs a metadata/"):
         EmbeddingFolder.open(tmp_path)
