@@ -71,7 +71,7 @@ def test_a_fault_of_another_rank_is_no_error_of_the_user():
     assert (code, error) == (1, "clip-eval: error: rank 1: KeyError: 'lost'\n")
 
 
-@pytest.mark.parametrize("error", [MemoryError(), ERRORS["memory"], RuntimeError("DefaultCPUAllocator: can't allocate")])
+@pytest.mark.parametrize("error", [MemoryError(), ERRORS["memory"], RuntimeError("DefaultCPUAllocator: can't")])
 def test_out_of_memory_anywhere_is_one_line(error):
     def task(cfg: DictConfig) -> int:
         raise error

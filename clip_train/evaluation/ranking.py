@@ -73,8 +73,10 @@ def order_captions(
     cosines = images @ texts.T
     places = _best_places(cosines, min(top or len(captions), len(captions)))
     shares = (scale * cosines).softmax(1).gather(1, places).tolist()
-    rows = zip(places.tolist(), cosines.gather(1, places).tolist(), shares)
-    return [[RankedCaption(captions[n], c, p) for n, c, p in zip(*row)] for row in rows]
+    return [
+        [RankedCaption(captions[int(n)], cosine, share) for n, cosine, share in zip(numbers, kept, of_all)]
+        for numbers, kept, of_all in zip(places.tolist(), cosines.gather(1, places).tolist(), shares)
+    ]
 
 
 def _best_places(scores: Float[Tensor, "images texts"], count: int) -> Int64[Tensor, "images count"]:
