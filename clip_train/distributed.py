@@ -1,6 +1,7 @@
 """The process group, for code that must also run without one."""
 
-import traceback
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +17,9 @@ from clip_train.errors import ClipTrainError, DataError, FaultError, OutOfMemory
 from clip_train.out_of_memory import is_out_of_memory
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+_WORKER_KILLED = re.compile(r"DataLoader worker \(pid")  # a fault in one begins with "Caught"
 
 
 def group_size(group: dist.ProcessGroup | None = None) -> int:
@@ -95,6 +99,15 @@ def gather_objects(local: list[T], group: dist.ProcessGroup | None = None) -> li
     return [entry for part in gathered for entry in part]
 
 
+def gather_on_first(local: list[T]) -> list[T]:
+    """The entries of all ranks' lists, in rank order, on the first rank; on the others nothing."""
+    if group_size() == 1:
+        return local
+    gathered: list[list[T]] | None = [[] for _ in range(group_size())] if group_rank() == 0 else None
+    dist.gather_object(local, gathered, dst=0, group=host_group())
+    return [entry for part in gathered or [] for entry in part]
+
+
 def of_first_rank(local: T) -> T:
     """The first rank's value, on every rank: for what they might find out differently, such as the time."""
     return gather_objects([local])[0]
@@ -119,7 +132,7 @@ def agreed(at_once: int | None = None) -> Iterator[None]:
 
     Raises:
         DataError: with the first line of a rank. Where there is one rank only, its own error.
-        FaultError: what has gone wrong is not the user's to mend; the rank prints its traceback.
+        FaultError: what has gone wrong is not the user's to mend; the rank logs its traceback.
     """
     said: list[tuple[str, bool]] = []
     try:
@@ -131,7 +144,7 @@ def agreed(at_once: int | None = None) -> Iterator[None]:
                 raise
             raise known from error
         if known is None:
-            traceback.print_exc()
+            log.critical("a fault on rank %d, which ends all", group_rank(), exc_info=True)
         line = str(known) if known else f"rank {group_rank()}: {type(error).__name__}: {first_line(error)}"
         said.append((line, known is None))
     group = host_group() if group_size() > 1 else None  # of the hosts, as a device may be what has failed
@@ -147,7 +160,7 @@ def _known(error: Exception, at_once: int | None) -> ClipTrainError | None:
     if is_out_of_memory(error):
         remedy = f", with {at_once} at once: lower batch_size (of clip-train: eval.batch_size)" if at_once else ""
         return OutOfMemoryError(f"out of memory{remedy} ({first_line(error)})")
-    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+    if isinstance(error, RuntimeError) and _WORKER_KILLED.match(str(error)):
         died = "a loader process has died, as a rule for want of memory: lower data.num_workers"
         return DataError(f"{died} ({first_line(error)})")
     return None

@@ -14,6 +14,7 @@ ERRORS = {
     "typed": ConfigError("task.k=0 is no number"),
     "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     "worker": RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+    "fault in a worker": RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback ..."),
     "fault": KeyError("lost"),
 }
 
@@ -42,13 +43,14 @@ def fails_on(rank: int, kind: str) -> tuple[str, str]:
         ("typed", "task.k=0 is no number"),
         ("memory", "out of memory, with 8 at once: lower batch_size (of clip-train: eval.batch_size) (CUDA out of"),
         ("worker", "a loader process has died, as a rule for want of memory: lower data.num_workers (DataLoader"),
+        ("fault in a worker", "rank 1: RuntimeError: Caught RuntimeError in DataLoader worker process 0"),
         ("fault", "rank 1: KeyError: 'lost'"),
     ],
 )
 def test_an_error_of_one_rank_ends_all_with_its_line(pool, kind, message):
     here, there = pool.run(fails_on, 1, kind)
     assert here == there and here[1].startswith(message)
-    assert (here[0] == "FaultError") == (kind == "fault")
+    assert (here[0] == "FaultError") == kind.startswith("fault")
     assert pool.run(fails_on, 2, kind) == [("", "")] * 2  # nobody fails; the ranks are still in step
 
 
@@ -56,8 +58,9 @@ def test_alone_an_error_keeps_its_type():
     for kind, expected in (("typed", ConfigError), ("memory", OutOfMemoryError), ("worker", DataError)):
         with pytest.raises(expected), agreed(at_once=8):
             raise ERRORS[kind]
-    with pytest.raises(KeyError), agreed():
-        raise ERRORS["fault"]
+    for kind, expected in (("fault", KeyError), ("fault in a worker", RuntimeError)):
+        with pytest.raises(expected), agreed():
+            raise ERRORS[kind]
 
 
 def test_a_fault_of_another_rank_is_no_error_of_the_user():
@@ -66,6 +69,16 @@ def test_a_fault_of_another_rank_is_no_error_of_the_user():
 
     code, _, error = call(lambda: run_program("clip-eval", "eval", task))
     assert (code, error) == (1, "clip-eval: error: rank 1: KeyError: 'lost'\n")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ERRORS["memory"], RuntimeError("DefaultCPUAllocator: can't")])
+def test_out_of_memory_anywhere_is_one_line(error):
+    def task(cfg: DictConfig) -> int:
+        raise error
+
+    code, _, said = call(lambda: run_program("clip-eval", "eval", task))
+    assert (code, said.count("\n")) == (2, 1)
+    assert said.startswith("clip-eval: error: out of memory: take a smaller batch_size or model, or ")
 
 
 def parts(count: int) -> tuple[list[int], list[int], str]:

@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from clip_train.errors import ClipTrainError, DivergedError, FaultError, OutOfMemoryError, first_line
 
 EXIT_DONE, EXIT_FAULT, EXIT_USER_ERROR, EXIT_DIVERGED, EXIT_RESUMABLE = 0, 1, 2, 70, 75
+_LESS_MEMORY = "take a smaller batch_size or model, or a device or machine with more memory"
 _EXIT_OF = {FaultError: EXIT_FAULT, DivergedError: EXIT_DIVERGED}
 
 
@@ -49,6 +50,10 @@ def run_program(
         except ClipTrainError as error:
             code = _EXIT_OF.get(type(error), EXIT_USER_ERROR)
             _fail(name, str(error), code, alone=isinstance(error, OutOfMemoryError))
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            _fail(name, f"out of memory: {_LESS_MEMORY} ({first_line(error)})", alone=True)
 
     sys.argv[1:] = [quote_text(_spell_out(argument, short or {})) for argument in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra raise instead of printing and exiting with 1
@@ -63,6 +68,12 @@ def run_program(
     except ClipTrainError as error:  # a sweep's, before its first job
         _fail(name, str(error))
     _exit(max(codes, default=EXIT_DONE))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    from clip_train.out_of_memory import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _spell_out(argument: str, short: Mapping[str, str]) -> str:

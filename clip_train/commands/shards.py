@@ -126,7 +126,7 @@ def _stats(cfg: DictConfig) -> int:
     import json
     from pathlib import Path
 
-    from clip_train.data.files import write_atomic
+    from clip_train.data.files import utf8, write_atomic
     from clip_train.shard_tools.access import ShardAccess
     from clip_train.shard_tools.parallel import count_workers
     from clip_train.shard_tools.samples import Selection
@@ -140,9 +140,7 @@ def _stats(cfg: DictConfig) -> int:
     title = f"{cfg.shards}: {summary['num_samples']:,} samples in {summary['num_shards']:,} shards"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(
-            folder / "stats.json", json.dumps(summary, indent=2, ensure_ascii=False).encode("utf-8", "replace")
-        )
+        write_atomic(folder / "stats.json", utf8(json.dumps(summary, indent=2, ensure_ascii=False)))
         draw_samples(folder / "samples.png", measured, selection, title)
         draw_histograms(folder / "histograms.png", measured, f"{title}, {summary['num_measured']:,} of them measured")
     except OSError as error:

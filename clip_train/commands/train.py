@@ -44,7 +44,7 @@ def _train(cfg: DictConfig) -> int:
     from clip_train.training.run import train
 
     summary = train(cfg, log_to_terminal())
-    if cfg.eval.report:
+    if cfg.eval.report and summary["trained"]:
         _report(Path(str(cfg.output_dir)) / cfg.run_name)
     ignore_signals()
     return EXIT_RESUMABLE if summary["stopped_by_signal"] and not summary["complete"] else EXIT_DONE

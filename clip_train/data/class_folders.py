@@ -95,8 +95,8 @@ class ClassFolders:
         return str(self._samples[sample][0])
 
     def key(self, shard: int, sample: int) -> str:
-        """The file's name without its extension."""
-        return self._samples[sample][0].stem
+        """The file's path in the folder, without its extension."""
+        return str(self._samples[sample][0].relative_to(self._folder).with_suffix(""))
 
 
 def _labels(folder: Path, names: Sequence[str], classes: ClassNames) -> dict[str, int]:

@@ -35,3 +35,8 @@ def write_atomic(path: str | Path, content: bytes) -> None:
     """Write `content` whole or not at all, whatever crashes, or writes the same at the same time."""
     with whole_file(path) as file:
         file.write(content)
+
+
+def utf8(text: str) -> bytes:
+    """A text as files hold it: half a surrogate pair, as JSON and names of files can have it, is a question mark."""
+    return text.encode("utf-8", "replace")

@@ -1,6 +1,7 @@
 """Labelled sets: shards, folders as clip-benchmark's `wds_*` sets are, folders of class folders."""
 
 import glob
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -74,7 +75,7 @@ def open_labelled(
         shards = open_shards(patterns)
         classes = choose_classes(lambda: read_class_names(None, shards[0].shard, "task.classes", retries, timeout))
         return read_labelled(shards, classes, image_key, setting)
-    folder = _part(Path(address).expanduser(), split)
+    folder = _part(Path(os.path.expanduser(address)), split)
     found = find_class_folders(folder, image_key.split(";"), setting)
     return ClassFolders(folder, found, choose_classes(lambda: folder_classes(folder, found)))
 
@@ -102,9 +103,10 @@ def shard_patterns(
                 f"{setting}={address}: there is no {split}/{NSHARDS_TXT}; give shards, or another {split_setting}"
             )
         return shards
-    if scheme_of(address) or not Path(address).expanduser().is_dir():
+    place = os.path.expanduser(address)
+    if scheme_of(address) or not os.path.isdir(place):  # False, where pathlib raises, for what cannot be a name
         return address
-    folder = _part(Path(address).expanduser(), split)
+    folder = _part(Path(place), split)
     there_are = any(folder.glob("*.tar"))
     return _numbered(str(folder), retries, timeout) or (f"{glob.escape(str(folder))}/*.tar" if there_are else None)
 

@@ -14,7 +14,7 @@ class PictureFiles:
 
     Args:
         folder: what the set is called.
-        paths: the files.
+        paths: the files, in it or in folders of it.
     """
 
     def __init__(self, folder: Path, paths: Sequence[Path]) -> None:
@@ -46,5 +46,5 @@ class PictureFiles:
         return str(self._paths[sample])
 
     def key(self, shard: int, sample: int) -> str:
-        """The file's name without its extension."""
-        return self._paths[sample].stem
+        """The file's path in the folder, without its extension."""
+        return str(self._paths[sample].relative_to(self._folder).with_suffix(""))

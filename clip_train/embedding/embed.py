@@ -110,7 +110,7 @@ def embed(
         ClipTrainError: on every rank, after all have done what they could.
     """
     folder = Path(options.output).expanduser()
-    with agreed(), writing_into(folder):
+    with agreed():
         check_pyarrow()
         sources = find_sources(options, access)
         manifest = Manifest(weights, _settings(options), [source.name for source in sources])

@@ -11,6 +11,9 @@ MODALITIES = (IMAGE, TEXT)
 _DTYPES = ("float16", "float32")
 _PRECISIONS = ("32", "bf16")
 OWN_COLUMNS = ("key", "image_path", "caption", "shard", "offset", "size")
+# In lower case: what DuckDB numbers files and rows by, and what the search calls these. Columns of these names would
+# come before them, and a condition would take other samples than it says.
+RESERVED_COLUMNS = ("file_index", "file_row_number", "clip_train_file", "clip_train_row")
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class EmbedOptions:
                 raise ConfigError(f"{key}={getattr(self, key)} is none of {', '.join(known)}")
         if taken := [name for name in self.metadata if name in OWN_COLUMNS or not name]:
             raise ConfigError(f"metadata: {taken[0]!r} is a column already; there are {', '.join(OWN_COLUMNS)}")
+        if reserved := [name for name in self.metadata if name.lower() in RESERVED_COLUMNS]:
+            raise ConfigError(f"metadata: {reserved[0]!r} is a name that conditions on metadata need themselves")
         CaptionSource.parse(self.caption_key)
 
     @property

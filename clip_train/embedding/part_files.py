@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from clip_train.data.files import whole_file
+from clip_train.data.files import utf8, whole_file
 from clip_train.embedding.batches import Row
 from clip_train.embedding.options import IMAGE, OWN_COLUMNS, TEXT
 from clip_train.errors import ConfigError
@@ -127,5 +127,5 @@ def _column(values: list[Any]) -> Any:
 
 
 def _clean(value: Any) -> Any:
-    """A text that Parquet can hold: half a surrogate pair, of JSON or a file's name, becomes a question mark."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+    """A text as Parquet can hold it."""
+    return utf8(value).decode() if isinstance(value, str) else value

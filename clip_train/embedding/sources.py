@@ -67,11 +67,19 @@ def find_sources(options: EmbedOptions, access: ShardAccess) -> Sequence[Source]
     """The parts of `options.data`, in their order.
 
     Raises:
-        DataError: a shard is missing.
+        DataError: a shard is missing, or the data cannot be read.
         ConfigError: the folder has no pictures, or pictures and shards.
     """
-    folder = Path(options.data).expanduser()
-    if folder.is_dir():
+    try:
+        return _find_sources(options, access)
+    except OSError as error:
+        raise DataError(f"data={options.data} cannot be read: {error.strerror or error}") from error
+
+
+def _find_sources(options: EmbedOptions, access: ShardAccess) -> Sequence[Source]:
+    place = os.path.expanduser(options.data)
+    if os.path.isdir(place):  # False, where pathlib raises, for what cannot be a name
+        folder = Path(place)
         if not any(folder.glob("*.tar")):
             return _of_pictures(str(folder), options)
         if picture := next(pictures_in(folder), None):

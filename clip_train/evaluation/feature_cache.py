@@ -106,6 +106,7 @@ def compute_features(
                 labels += batch["label"].tolist()
                 bad += batch["bad"]
             write_chunk(folder, number, np.concatenate(features), labels, bad)
+        next(batches, None)  # there is none, and the log tells of the end
     with agreed():
         try:
             return FeatureTable.open(folder, len(pictures))

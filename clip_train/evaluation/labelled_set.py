@@ -1,5 +1,6 @@
 """The labelled set that a task of `clip-eval` names, with the class names that it is to have."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,9 +9,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from clip_train.data.class_names import DEFAULT_TEMPLATE, ClassNames, read_class_names
 from clip_train.data.eval_batches import EvalBatches, SampleReader
+from clip_train.data.files import utf8
 from clip_train.data.fingerprint import describe_shards, digest
 from clip_train.data.known_classes import find_templates, known_names, known_templates
 from clip_train.data.labelled import Shards, open_labelled, set_name
+from clip_train.data.pairs import PairReader
 from clip_train.data.remote_shards import open_shards
 from clip_train.data.shards import expand_shards
 from clip_train.distributed import agreed, gather_objects, group_rank, group_size
@@ -115,8 +118,14 @@ def check_same(reader: SampleReader, setting: str) -> None:
     Args:
         setting: the config key and its value, for the error.
     """
-    if len(set(gather_objects([digest(describe_shards(reader))]))) > 1:
-        raise DataError(f"{setting}: the ranks see different shards or class names, or different numbers of samples")
+    about = describe_shards(reader)
+    if not isinstance(reader, PairReader):  # files in a folder are not told by its name and their number
+        keys = [reader.key(shard, n) for shard, count in enumerate(reader.counts) for n in range(count)]
+        about["keys"] = hashlib.sha256(utf8("\n".join(keys))).hexdigest()
+    if len(set(gather_objects([digest(about)]))) > 1:
+        raise DataError(
+            f"{setting}: the ranks see different shards, pictures or class names, or different numbers of samples"
+        )
 
 
 def data_address(cfg: DictConfig) -> str:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from clip_train.data.files import write_atomic
-from clip_train.distributed import group_rank, group_size, sum_over_ranks
+from clip_train.distributed import agreed, group_rank, group_size, sum_over_ranks
 from clip_train.errors import ConfigError
 from clip_train.evaluation.classification import rank_of_label
 from clip_train.evaluation.frozen_features import Samples, gather_predictions, judged, open_probe
@@ -66,7 +66,8 @@ def linear_probe(loaded: LoadedModel, cfg: DictConfig) -> Results:
     train, metrics, tried = probe.train, {}, {}
 
     def fit(rows: np.ndarray, C: float) -> Tensor:
-        own = train.take(rows[group_rank() :: group_size()], loaded.device)
+        with agreed():
+            own = train.take(rows[group_rank() :: group_size()], loaded.device)
         return fit_logistic_regression(*own, probe.num_classes, C, max_iter=options.max_iter)
 
     C = options.C
@@ -77,11 +78,12 @@ def linear_probe(loaded: LoadedModel, cfg: DictConfig) -> Results:
         C, tried = choose_strength(lambda C: _accuracy(train, held_out, fit(learned, C), loaded.device))
         metrics = {"validation_acc1": tried[C]}
     head = fit(np.arange(len(train.labels)), C)
-    features, labels = probe.test.take_share(loaded.device)
     said = []
-    for start in range(0, len(labels), _ROWS):
-        scores, own = with_ones(features[start : start + _ROWS]) @ head.T, labels[start : start + _ROWS]
-        said.append(judged(scores.softmax(1), own, rank_of_label(scores, own)))
+    with agreed():
+        features, labels = probe.test.take_share(loaded.device)
+        for start in range(0, len(labels), _ROWS):
+            scores, own = with_ones(features[start : start + _ROWS]) @ head.T, labels[start : start + _ROWS]
+            said.append(judged(scores.softmax(1), own, rank_of_label(scores, own)))
     found = accuracy(gather_predictions(said, len(probe.test.labels), loaded.device), probe.num_classes)
     if tried and group_rank() == 0:
         content = [{"C": strength, "validation_acc1": score} for strength, score in tried.items()]
@@ -92,9 +94,10 @@ def linear_probe(loaded: LoadedModel, cfg: DictConfig) -> Results:
 
 def _accuracy(samples: Samples, rows: np.ndarray, head: Float[Tensor, "classes width"], device: torch.device) -> float:
     """Of some samples, which the ranks share."""
-    features, labels = samples.take(rows[group_rank() :: group_size()], device)
     hits = torch.zeros((), dtype=torch.int64, device=device)
-    for start in range(0, len(labels), _ROWS):
-        scores = with_ones(features[start : start + _ROWS]) @ head.T
-        hits += (rank_of_label(scores, labels[start : start + _ROWS]) == 0).sum()
+    with agreed():
+        features, labels = samples.take(rows[group_rank() :: group_size()], device)
+        for start in range(0, len(labels), _ROWS):
+            scores = with_ones(features[start : start + _ROWS]) @ head.T
+            hits += (rank_of_label(scores, labels[start : start + _ROWS]) == 0).sum()
     return sum_over_ranks(hits).item() / len(rows)

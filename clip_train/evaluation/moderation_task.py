@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from clip_train.data.files import write_atomic
-from clip_train.distributed import group_rank
+from clip_train.distributed import agreed, group_rank
 from clip_train.errors import ConfigError
 from clip_train.evaluation.frozen_features import Samples, open_probe
 from clip_train.evaluation.loaded_model import LoadedModel
@@ -60,8 +60,9 @@ def moderation(loaded: LoadedModel, cfg: DictConfig) -> Results:
             loaded.tokenizer,
             batch_size=loaded.batch_size,
         ).cpu()
-    thresholds = calibrate_thresholds(*_scored(probe.train, prompts), options.min_precision)
-    found = moderation_report(*_scored(probe.test, prompts), [threshold.value for threshold in thresholds])
+    with agreed():
+        thresholds = calibrate_thresholds(*_scored(probe.train, prompts), options.min_precision)
+        found = moderation_report(*_scored(probe.test, prompts), [threshold.value for threshold in thresholds])
     if group_rank() == 0:
         content = {name: _finite(threshold) for name, threshold in zip(probe.classes.names, thresholds)}
         with writing_into(Path(str(cfg.output))) as folder:

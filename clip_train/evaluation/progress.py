@@ -20,19 +20,39 @@ def told(loader: Iterable[Any], total: int) -> Iterator[Any]:
         loader: of this rank's share, which is taken for as large as the others'.
         total: images of all ranks.
     """
-    begin = said = time.monotonic()
-    done = 0
+    progress = Progress(total)
     for batch in loader:
         yield batch
+        progress.add(len(batch["image"]))
+    progress.end()
+
+
+class Progress:
+    """Tells of images that are done.
+
+    Args:
+        total: images of all ranks.
+    """
+
+    def __init__(self, total: int) -> None:
+        self._begin = self._said = time.monotonic()
+        self._done, self._total = 0, total
+
+    def add(self, images: int) -> None:
+        """So many more on this rank, and about as many on the others."""
         beat()
-        done += group_size() * len(batch["image"])
+        self._done += group_size() * images
         now = time.monotonic()
-        if now - said >= _SECONDS_BETWEEN_LINES:
-            said = now
-            log.info("%s of %s images, %s images/s", f"{min(done, total):,}", f"{total:,}", _pace(done, now - begin))
-    if said > begin:
-        seconds = time.monotonic() - begin
-        log.info("%s images in %.0f s, %s images/s", f"{total:,}", seconds, _pace(total, seconds))
+        if now - self._said >= _SECONDS_BETWEEN_LINES:
+            self._said = now
+            done, pace = min(self._done, self._total), _pace(self._done, now - self._begin)
+            log.info("%s of %s images, %s images/s", f"{done:,}", f"{self._total:,}", pace)
+
+    def end(self) -> None:
+        """All are done."""
+        if self._said > self._begin:
+            seconds = time.monotonic() - self._begin
+            log.info("%s images in %.0f s, %s images/s", f"{self._total:,}", seconds, _pace(self._total, seconds))
 
 
 def _pace(count: int, seconds: float) -> str:

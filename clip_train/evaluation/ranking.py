@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from clip_train.evaluation.captioned_set import encode_texts
@@ -31,7 +31,7 @@ class RankedCaption(NamedTuple):
 def rank_captions(
     loaded: LoadedModel, pictures: Sequence[Path], candidates: Sequence[str], way: str = "truncate"
 ) -> list[list[RankedCaption]]:
-    """For each picture the candidates, the best first; of equally good ones, the first of the candidates.
+    """For each picture the candidates, each once, the best first; of equally good ones, the first of the candidates.
 
     Args:
         pictures: files.
@@ -42,6 +42,7 @@ def rank_captions(
         DataError: a picture cannot be read.
         ConfigError: there is no such way.
     """
+    candidates = list(dict.fromkeys(candidates))
     source, texts, ranked = loaded.source, encode_texts(loaded, candidates, way), []
     scale = loaded.model.logit_scale.exp()
     for start in range(0, len(pictures), loaded.batch_size):
@@ -50,21 +51,40 @@ def rank_captions(
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(loaded.device)
         with loaded.autocast():
             vectors = loaded.model.encode_image(images)
-        ranked += [order_captions(vector, texts, candidates, scale) for vector in vectors]
+        ranked += order_captions(vectors, texts, candidates, scale)
     return ranked
 
 
 def order_captions(
-    image: Float[Tensor, " embed"], texts: Float[Tensor, "texts embed"], captions: Sequence[str], scale: Tensor
-) -> list[RankedCaption]:
-    """Captions of a picture, the best first.
+    images: Float[Tensor, "images embed"],
+    texts: Float[Tensor, "texts embed"],
+    captions: Sequence[str],
+    scale: Tensor,
+    top: int | None = None,
+) -> list[list[RankedCaption]]:
+    """For each picture the captions, the best first; of equally good ones, the first.
 
     Args:
-        image, texts: unit vectors of the picture and of the captions.
+        images, texts: unit vectors of the pictures and of the captions.
+        captions: no two the same, as equal ones might differ in the last bits of their scores.
         scale: the inverse temperature of the probabilities.
+        top: how many are wanted; None is all.
     """
-    cosines = texts @ image
-    probabilities = (scale * cosines).softmax(0)
-    cosines, order = cosines.sort(descending=True, stable=True)
-    shares = probabilities[order].tolist()
-    return [RankedCaption(captions[int(n)], c, p) for n, c, p in zip(order.tolist(), cosines.tolist(), shares)]
+    cosines = images @ texts.T
+    places = _best_places(cosines, min(top or len(captions), len(captions)))
+    shares = (scale * cosines).softmax(1).gather(1, places).tolist()
+    return [
+        [RankedCaption(captions[int(n)], cosine, share) for n, cosine, share in zip(numbers, kept, of_all)]
+        for numbers, kept, of_all in zip(places.tolist(), cosines.gather(1, places).tolist(), shares)
+    ]
+
+
+def _best_places(scores: Float[Tensor, "images texts"], count: int) -> Int64[Tensor, "images count"]:
+    """Where the greatest are, in their order; of equal ones, the first."""
+    if count == scores.shape[1]:
+        return scores.sort(dim=1, descending=True, stable=True).indices
+    last = scores.topk(count, dim=1).values[:, -1:]  # which of equal ones topk takes, it does not say
+    above, equal = scores > last, scores == last
+    chosen = above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
+    places = chosen.nonzero()[:, 1].view(len(scores), count)
+    return places.gather(1, scores.gather(1, places).sort(dim=1, descending=True, stable=True).indices)

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -13,11 +13,11 @@ from omegaconf import DictConfig
 
 from clip_train.data.captions import CaptionSource
 from clip_train.data.eval_batches import EvalBatches
-from clip_train.data.files import write_atomic
+from clip_train.data.files import utf8, write_atomic
 from clip_train.data.labelled import set_name, shard_patterns
 from clip_train.data.pairs import PairReader
 from clip_train.data.picture_files import PictureFiles
-from clip_train.distributed import agreed, gather_objects, group_rank, own_part
+from clip_train.distributed import agreed, gather_objects, gather_on_first, group_rank, own_part
 from clip_train.errors import ConfigError, DataError
 from clip_train.evaluation.captioned_set import CaptionedImages, encode_images, encode_texts
 from clip_train.evaluation.captioning import find_pictures
@@ -31,9 +31,12 @@ from clip_train.evaluation.labelled_set import (
 )
 from clip_train.evaluation.loaded_model import LoadedModel
 from clip_train.evaluation.long_text import check_way
+from clip_train.evaluation.progress import Progress
 from clip_train.evaluation.ranking import RankedCaption, order_captions
 from clip_train.evaluation.results import Results, writing_into
 from clip_train.typed_config import typed
+
+_SCORES = 1 << 22  # that are held at a time
 
 
 @dataclass(frozen=True)
@@ -92,16 +95,18 @@ def rank(loaded: LoadedModel, cfg: DictConfig) -> Results:
         shared = None if options.candidates is None else _read_candidates(options.candidates)
         batches = _open(options, loaded, cfg)
     check_same(batches.reader, f"data={data_address(cfg)}")
-    found = encode_images(loaded, batches)
-    ranked = gather_objects(_ranked(loaded, batches, found, shared, options))
+    found = encode_images(loaded, batches, distinct_texts=True)
+    ranked = _ranked(loaded, batches, found, shared, options)
+    best = gather_objects([image.captions[0][1:] for image in ranked])
+    whole = gather_on_first(ranked)
     if group_rank() == 0:
         with writing_into(Path(str(cfg.output))) as folder:
-            _write(folder, ranked)
+            _write(folder, whole)
     metrics = {
-        "images": len(ranked),
-        "candidates": len(found.texts if shared is None else shared),
-        "mean_best_cosine": fmean(image.captions[0].cosine for image in ranked),
-        "mean_best_probability": fmean(image.captions[0].probability for image in ranked),
+        "images": len(best),
+        "candidates": len(found.pairs if shared is None else shared),
+        "mean_best_cosine": fmean(cosine for cosine, _ in best),
+        "mean_best_probability": fmean(probability for _, probability in best),
     }
     return Results(options.dataset or set_name(data_address(cfg), options.split), "rank_captions", metrics)
 
@@ -125,13 +130,13 @@ def _open(options: RankingOptions, loaded: LoadedModel, cfg: DictConfig) -> Eval
 
 
 def _read_candidates(path: str) -> list[str]:
-    """The lines of a file that are not empty."""
+    """The lines of a file that are not empty, each once."""
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise DataError(f"task.candidates={path} cannot be read: {reason}") from error
-    if not (candidates := [line.strip() for line in lines if line.strip()]):
+    if not (candidates := list(dict.fromkeys(line.strip() for line in lines if line.strip()))):
         raise DataError(f"task.candidates={path} has no captions: one on each line")
     return candidates
 
@@ -146,20 +151,31 @@ def _ranked(
     """This rank's part of the images."""
     texts = found.texts if shared is None else shared
     vectors = encode_texts(loaded, texts, options.long_text, options.stride)
-    own = own_part(len(batches))
-    everything = list(range(len(texts)))
-    candidates = {image: everything if shared is not None else [] for image in own}
-    for image, text in found.pairs.tolist() if shared is None else ():
-        if image in candidates:
-            candidates[image].append(text)
-    ranked = []
+    own, ranked, progress = own_part(len(batches)), [], Progress(len(batches))
     with agreed():
         scale = loaded.model.logit_scale.detach().exp()
-        for image, numbers in candidates.items():
-            captions = [texts[number] for number in numbers]
-            ordered = order_captions(found.image[image], vectors[numbers], captions, scale)[: options.top]
-            ranked.append(RankedImage(batches.name(image), batches.key(image), ordered))
+        for images, numbers in _alike(own, found, shared):
+            some, captions = (vectors, texts) if numbers is None else (vectors[numbers], [texts[n] for n in numbers])
+            ordered = order_captions(found.image[images.start : images.stop], some, captions, scale, options.top)
+            ranked += [RankedImage(batches.name(n), batches.key(n), best) for n, best in zip(images, ordered)]
+            progress.add(len(images))
+        progress.end()
     return ranked
+
+
+def _alike(
+    own: range, found: CaptionedImages, shared: Sequence[str] | None
+) -> Iterator[tuple[range, list[int] | None]]:
+    """Images that have the same candidates, some at a time; and which texts these are, None for all."""
+    if shared is not None:
+        step = max(1, _SCORES // len(shared))
+        yield from ((own[start : start + step], None) for start in range(0, len(own), step))
+        return
+    candidates = {image: [] for image in own}
+    for image, text in found.pairs.tolist():
+        if image in candidates:
+            candidates[image].append(text)
+    yield from ((range(image, image + 1), numbers) for image, numbers in candidates.items())
 
 
 def _write(folder: Path, ranked: Sequence[RankedImage]) -> None:
@@ -167,10 +183,10 @@ def _write(folder: Path, ranked: Sequence[RankedImage]) -> None:
         {"image": image.image, "key": image.key, "captions": [caption._asdict() for caption in image.captions]}
         for image in ranked
     ]
-    write_atomic(folder / "ranked_captions.json", (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomic(folder / "ranked_captions.json", utf8(json.dumps(content, indent=1, ensure_ascii=False) + "\n"))
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["image", "key", "rank", *RankedCaption._fields])
     for image in ranked:
         writer.writerows([image.image, image.key, n, *caption] for n, caption in enumerate(image.captions, start=1))
-    write_atomic(folder / "ranked_captions.csv", text.getvalue().encode())
+    write_atomic(folder / "ranked_captions.csv", utf8(text.getvalue()))

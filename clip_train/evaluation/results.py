@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from clip_train.data.files import write_atomic
+from clip_train.data.files import utf8, write_atomic
 from clip_train.errors import DataError
 
 
@@ -72,7 +72,7 @@ def write_results(results: Results, folder: Path, model: str, pretrained: str) -
     writer = csv.DictWriter(text, list(dict.fromkeys(column for row in rows for column in row)))
     writer.writeheader()
     writer.writerows(rows)
-    write_atomic(folder / "results.csv", text.getvalue().encode())
+    write_atomic(folder / "results.csv", utf8(text.getvalue()))
 
 
 def print_results(results: Results, console: Console) -> None:

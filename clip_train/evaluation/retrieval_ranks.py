@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from clip_train.distributed import own_part, sum_over_ranks
+from clip_train.distributed import agreed, own_part, sum_over_ranks
 from clip_train.heartbeat import beat
 
 # Images and texts of a tile: small enough for a processor's cache, or large enough to fill a GPU.
@@ -47,16 +47,22 @@ def retrieval_ranks(
 
     Returns:
         The same on every rank.
+
+    Raises:
+        DataError: on every rank, if one's memory does not suffice.
     """
-    scores = _Scores(image, text, own_part(len(image)))
-    pair_scores = _pair_scores(scores, pairs)
-    to_text, to_image = (_best_of(pairs, pair_scores, side, len(x)) for side, x in enumerate((image, text)))
-    after_text = torch.zeros(len(image), dtype=torch.int64, device=image.device)
-    after_image = torch.zeros(len(text), dtype=torch.int64, device=image.device)
-    for rows, columns, tile in scores.tiles():
-        beat()
-        after_text[rows] += _count_after(tile, _part(to_text, rows), columns.start)
-        after_image[columns] += _count_after(tile.T, _part(to_image, columns), rows.start)
+    with agreed():
+        scores = _Scores(image, text, own_part(len(image)))
+        own_scores = _pair_scores(scores, pairs)
+    pair_scores = sum_over_ranks(own_scores)
+    with agreed():
+        to_text, to_image = (_best_of(pairs, pair_scores, side, len(x)) for side, x in enumerate((image, text)))
+        after_text = torch.zeros(len(image), dtype=torch.int64, device=image.device)
+        after_image = torch.zeros(len(text), dtype=torch.int64, device=image.device)
+        for rows, columns, tile in scores.tiles():
+            beat()
+            after_text[rows] += _count_after(tile, _part(to_text, rows), columns.start)
+            after_image[columns] += _count_after(tile.T, _part(to_image, columns), rows.start)
     return Ranks(len(text) - sum_over_ranks(after_text), len(image) - sum_over_ranks(after_image))
 
 
@@ -97,7 +103,10 @@ def _filled(vectors: Tensor, count: int) -> Tensor:
 
 
 def _pair_scores(scores: _Scores, pairs: Int64[Tensor, "pairs 2"]) -> Float[Tensor, " pairs"]:
-    """What those score that belong together, from the very tiles in which they are compared with others."""
+    """What those score that belong together, from the very tiles in which they are compared with others.
+
+    0 where the image is another rank's.
+    """
     found = scores.image.new_zeros(len(pairs))
     row, column = pairs.T
     mine = torch.nonzero((row >= scores.own.start) & (row < scores.own.stop))[:, 0]
@@ -107,7 +116,7 @@ def _pair_scores(scores: _Scores, pairs: Int64[Tensor, "pairs 2"]) -> Float[Tens
         members = mine[first:last]
         rows, columns, block = scores.tile_of(*pairs[members[0]].tolist())
         found[members] = block[row[members] - rows.start, column[members] - columns.start]
-    return sum_over_ranks(found)
+    return found
 
 
 def _best_of(pairs: Tensor, pair_scores: Tensor, side: int, count: int) -> _Targets:

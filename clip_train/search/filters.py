@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from clip_train.embedding.folder import EmbeddingFolder
+from clip_train.embedding.options import RESERVED_COLUMNS
 from clip_train.errors import ConfigError, DataError, first_line
 
 _FILE, _ROW = "clip_train_file", "clip_train_row"
@@ -22,7 +23,7 @@ class MetadataFilter:
 
     Raises:
         ConfigError: DuckDB is not installed.
-        DataError: it cannot read the metadata.
+        DataError: it cannot read the metadata, or they have a column whose name is needed.
     """
 
     def __init__(self, folder: EmbeddingFolder) -> None:
@@ -42,11 +43,17 @@ class MetadataFilter:
         connection.execute("SET enable_external_access = false")
         connection.execute("SET lock_configuration = true")
         place = f"file_index AS {_FILE}, file_row_number AS {_ROW}"  # numbers, as names would be one text per sample
-        table = f"SELECT *, {place} FROM read_parquet($1, union_by_name = true)"
+        table, files = "FROM read_parquet($1, union_by_name = true)", [[str(path) for path in folder.metadata]]
         try:
-            self._rows: Any = connection.sql(table, params=[[str(path) for path in folder.metadata]])
+            columns = connection.sql(f"SELECT * {table}", params=files).columns
+            self._rows: Any = connection.sql(f"SELECT *, {place} {table}", params=files)
         except self._errors as error:
             raise DataError(f"where= cannot read the metadata of {folder.path}: {first_line(error)}") from error
+        if taken := [name for name in columns if name.lower() in RESERVED_COLUMNS]:
+            raise DataError(
+                f"where= needs the name of the column {taken[0]!r} of the metadata of {folder.path} itself: write them"
+                " without it, or under another name"
+            )
         self._kept = lru_cache(_CONDITIONS_KEPT)(self._find)
 
     def __call__(self, where: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from clip_train.data.files import write_atomic
+from clip_train.data.files import utf8, write_atomic
 from clip_train.errors import ConfigError, DataError
 from clip_train.search.pictures import read_picture, thumbnail
 from clip_train.search.search import Hit
@@ -37,13 +37,14 @@ class Answer(NamedTuple):
 def print_table(answers: Sequence[Answer], console: Console) -> None:
     """A table for each query."""
     for answer in answers:
+        query = escape(utf8(answer.query).decode())  # terminals take no halves of letters
         fields = list(extra_columns(answer.hits[0].row)) if answer.hits else []
-        table = Table("", "score", "key", "caption", *fields, title=escape(answer.query), title_justify="left")
+        table = Table("", "score", "key", "caption", *fields, title=query, title_justify="left")
         for place, hit in enumerate(answer.hits, 1):
             texts = [hit.row.get(name) for name in ("key", "caption", *fields)]
             cells = ["" if text is None else escape(str(text)) for text in texts]
             table.add_row(str(place), f"{hit.score:.4f}", *cells)
-        console.print(table if answer.hits else f"{escape(answer.query)}: nothing found")
+        console.print(table if answer.hits else f"{query}: nothing found")
 
 
 def check_output(output: str) -> None:
@@ -77,14 +78,14 @@ def _write_json(path: Path, answers: Sequence[Answer]) -> None:
         {"query": answer.query, "results": [{"score": hit.score, **hit.row} for hit in answer.hits]}
         for answer in answers
     ]
-    write_atomic(path, json.dumps(found, indent=1, ensure_ascii=False, default=str).encode())
+    write_atomic(path, utf8(json.dumps(found, indent=1, ensure_ascii=False, default=str)))
 
 
 def _write_html(path: Path, answers: Sequence[Answer]) -> None:
     environment = jinja2.Environment(loader=jinja2.PackageLoader("clip_train.search"), autoescape=True)
     environment.filters["picture"] = _data_url
     page = environment.get_template("results.html")
-    write_atomic(path, page.render(answers=answers, read=read_picture, extra=extra_columns).encode())
+    write_atomic(path, utf8(page.render(answers=answers, read=read_picture, extra=extra_columns)))
 
 
 def _write_png(path: Path, answers: Sequence[Answer]) -> None:

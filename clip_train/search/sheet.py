@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image, ImageDraw, ImageFont
 
 from clip_train.data.decoding import UnusableImage, decode_rgb
+from clip_train.data.files import utf8
 from clip_train.errors import ConfigError
 from clip_train.search.pictures import read_picture
 
@@ -88,8 +89,8 @@ def _contained(encoded: bytes | None, side: int) -> Image.Image:
 
 
 def _drawable(text: object) -> str:
-    """On one line; half a letter, which JSON can hold, as a question mark, for fonts refuse it."""
-    return " ".join(str(text).encode("utf-8", "replace").decode().split())
+    """On one line; without halves of letters, which fonts refuse."""
+    return " ".join(utf8(str(text)).decode().split())
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont:

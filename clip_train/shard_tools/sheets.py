@@ -14,6 +14,7 @@ from PIL import Image
 
 from clip_train.data.captions import UnusableCaption
 from clip_train.data.decoding import decode_rgb
+from clip_train.data.files import utf8
 from clip_train.shard_tools.samples import Selection, sample_tasks
 from clip_train.shard_tools.stats import CONTEXT_LENGTH, Measurements, count_tokens
 
@@ -84,7 +85,7 @@ def _paste_in_the_middle(tile: Image.Image, picture: Image.Image) -> None:
 
 
 def _write_below(axis: Axes, caption: str, color: str) -> None:
-    caption = caption.encode("utf-8", "replace").decode()  # JSON can hold halves of letters, which fonts refuse
+    caption = utf8(caption).decode()  # fonts refuse halves of letters
     lines = textwrap.wrap(caption, _LINE_LETTERS, max_lines=_LINES, placeholder=" …")
     axis.annotate(
         "\n".join(lines),

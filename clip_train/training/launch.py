@@ -91,18 +91,21 @@ def started_by_lightning() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) > 0 and not TorchElasticEnvironment.detect()
 
 
-def join_ranks(world: World, timeout: timedelta = default_pg_timeout) -> torch.device:
+def join_ranks(world: World, host_timeout: timedelta = default_pg_timeout) -> torch.device:
     """Start the processes that no launcher has started, connect all, and tell this one's device.
 
     For programs without a Trainer, which does this for training.
 
     Args:
-        timeout: how long a rank may wait for the others.
+        host_timeout: how long a rank may wait for what the others' hosts say, as `agreed` does. On GPUs, what they
+            compute together has a limit of its own, so that none waits for one that is gone.
     """
     if started_by_lightning():
         die_with_parent()
     for part in ("fabric", "pytorch"):  # which of the two announces the processes depends on what was imported
         logging.getLogger(f"lightning.{part}").setLevel(logging.WARNING)
+    # Processors have one group for both; there, a process that is gone closes its connections.
+    timeout = host_timeout if world.accelerator == "cpu" else default_pg_timeout
     fabric = Fabric(
         accelerator=world.accelerator,
         devices=world.devices,
@@ -112,7 +115,7 @@ def join_ranks(world: World, timeout: timedelta = default_pg_timeout) -> torch.d
     )
     fabric.launch()
     if world.size > 1:
-        host_group(timeout=timeout)
+        host_group(timeout=host_timeout)
     return fabric.device
 
 

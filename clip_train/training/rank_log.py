@@ -63,7 +63,7 @@ class RankLog(logging.Handler):
 
 
 def start_rank_log(rank: int) -> RankLog:
-    """Collect this process's records from all loggers; only the first rank's go to the terminal as well.
+    """Collect this process's records from all loggers; the first rank's go to the terminal as well, and faults of all.
 
     Args:
         rank: of this process.
@@ -76,10 +76,12 @@ def start_rank_log(rank: int) -> RankLog:
     terminal = _without_rank_log(logging.getLogger("clip_train"))
     for handler in terminal:
         handler.addFilter(_worth_reading)
+        if rank > 0:
+            handler.setLevel(logging.CRITICAL)
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         shown = _without_rank_log(logger) or (terminal if logger is logging.root else [])
-        logger.handlers = shown if rank == 0 else []
+        logger.handlers = shown if rank == 0 or name == "clip_train" else []
         if logger is logging.root or not logger.propagate:
             logger.addHandler(log)
 

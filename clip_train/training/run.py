@@ -42,7 +42,8 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
         console: where the start-up table and the progress bar go.
 
     Returns:
-        The summary: final metrics, samples seen, speed, and whether a signal ended the run early.
+        The summary: final metrics, samples seen, speed, and whether a signal ended the run early. And `trained`: false
+        if the run was complete before.
 
     Raises:
         ClipTrainError: the user's input is wrong, and nothing was written; or training has diverged.
@@ -64,7 +65,7 @@ def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) ->
     plan = _plan(cfg, world, undone)
     if plan.complete_already:
         log.info("%s is complete", plan.folder.path)
-        return plan.folder.read_summary()
+        return {**plan.folder.read_summary(), "trained": False}
 
     callbacks = make_callbacks(plan, rank_log, console)
     loggers = make_loggers(cfg, plan.folder, callbacks.checkpointing.writer)
@@ -78,7 +79,7 @@ def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) ->
     summary = _summary(trainer, plan, callbacks)
     if trainer.is_global_zero:
         plan.folder.write_summary(summary)
-    return summary
+    return {**summary, "trained": True}
 
 
 def _plan(cfg: DictConfig, world: World, undone: RollBack | None) -> RunPlan:

@@ -64,6 +64,12 @@ def test_a_run_leaves_its_folder(tmp_path):
     assert again.stderr.count("\n") == 1
     assert "resume=auto" in again.stderr
 
+    (folder / "report.html").write_text("as it was")
+    complete = clip_train(*TINY, f"output_dir={tmp_path}", "run_name=run", "max_steps=3", "eval.every=2 steps",
+                          "eval.report=true", "resume=auto")  # fmt: skip
+    assert complete.returncode == 0, complete.stderr
+    assert (folder / "report.html").read_text() == "as it was"
+
     # As a sweep, so that its jobs must find the config too.
     repeated = clip_train("--multirun", "--config-dir", str(folder), "--config-name", "config", "run_name=repeated")
     assert repeated.returncode == 0, repeated.stderr

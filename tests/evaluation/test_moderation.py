@@ -9,7 +9,7 @@ from sklearn.metrics import f1_score, precision_score, recall_score
 
 from clip_train.evaluation.captioned_set import encode_texts
 from clip_train.evaluation.moderation import calibrate_thresholds, flag_images, moderation_report
-from clip_train.evaluation.ranking import rank_captions
+from clip_train.evaluation.ranking import order_captions, rank_captions
 from tests.evaluation.test_set_tasks import cached, load, run
 from tests.evaluation.test_set_tasks import labelled as labelled
 from tests.labelled import CLASSES, TEMPLATES
@@ -92,7 +92,22 @@ def test_captions_are_ranked(tmp_path):
     ranked = rank_captions(loaded, paths, captions)
     texts = encode_texts(loaded, captions)
     for row in ranked:
-        assert sorted(entry.caption for entry in row) == sorted(captions)
+        assert sorted(entry.caption for entry in row) == sorted(set(captions))
         assert [entry.cosine for entry in row] == sorted((entry.cosine for entry in row), reverse=True)
         assert sum(entry.probability for entry in row) == pytest.approx(1)
     assert texts.shape[0] == 4 and ranked[0] != ranked[1]
+
+
+def test_of_equally_good_captions_the_first_are_kept():
+    generator = np.random.default_rng(0)
+    images, texts = (torch.tensor(generator.integers(-1, 2, (count, 2))).float() for count in (5, 30))
+    names = [str(number) for number in range(30)]
+    scores = (images @ texts.T).numpy()
+    shares = np.exp(2 * scores) / np.exp(2 * scores).sum(1, keepdims=True)
+    for top in (1, 7, 29, 30, None, 99):
+        found = order_captions(images, texts, names, torch.tensor(2.0), top)
+        for image, row in enumerate(found):
+            order = np.argsort(-scores[image], kind="stable")[:top]
+            assert [entry.caption for entry in row] == [names[n] for n in order]
+            assert [entry.cosine for entry in row] == scores[image, order].tolist()
+            assert [entry.probability for entry in row] == pytest.approx(shares[image, order].tolist(), abs=1e-6)

@@ -3,6 +3,7 @@
 import csv
 import json
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
@@ -13,9 +14,12 @@ from sklearn.metrics import balanced_accuracy_score
 from clip_train.data.long_captions import split_sentences
 from clip_train.distributed import group_rank
 from clip_train.errors import ClipTrainError, ConfigError, DataError
+from clip_train.evaluation import moderation_task, progress, ranking_task, retrieval_ranks
 from clip_train.evaluation.captioned_set import encode_texts
+from clip_train.evaluation.frozen_features import Samples
 from clip_train.evaluation.loaded_model import LoadedModel, load_model
-from clip_train.evaluation.ranking import rank_captions
+from clip_train.evaluation.ranking import RankedCaption, rank_captions
+from clip_train.evaluation.ranking_task import RankedImage
 from clip_train.evaluation.results import Results
 from clip_train.evaluation.tasks import TASKS
 from clip_train.interop.model_source import ModelSource
@@ -99,6 +103,14 @@ def test_linear_probe_and_neighbours(labelled, pool):
         assert neighbours == pytest.approx(near.variants["k=200"])
 
 
+def test_the_log_tells_when_the_features_are_computed(labelled, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0)
+    run(labelled, "knn", f"data.path={labelled}/set", f"data.cache_dir={tmp_path}")
+    ends = [message.partition(" in ")[0] for message in caplog.messages if " images in " in message]
+    assert ends == ["71 images", "33 images"]
+
+
 def on_a_rank(folder: Path) -> list[dict[str, float]]:
     probe = run(folder, "linear_probe", f"data.path={folder}/set", f"data.cache_dir={folder}/other")
     near = run(folder, "knn", f"data.path={folder}/set", "task.k=[1,200]", "task.features=trunk")
@@ -169,7 +181,7 @@ def retrieval_on_a_rank(folder: Path) -> dict[str, float]:
 
 def test_candidates_are_ranked_for_pictures_in_shards_and_files(described, pool, tmp_path):
     candidates = ["one fruit", "a very long caption " * 9, "the sea"]
-    (tmp_path / "candidates.txt").write_text("\n\n".join(candidates) + "\n")
+    (tmp_path / "candidates.txt").write_text("\n\n".join([*candidates, *candidates]) + "\n")
     given = [f"data.path={described}/*.tar", f"task.candidates={tmp_path}/candidates.txt"]
     results = run(described, "rank_captions", *given)
     assert (results.metrics["images"], results.metrics["candidates"]) == (12, 3)
@@ -177,10 +189,11 @@ def test_candidates_are_ranked_for_pictures_in_shards_and_files(described, pool,
     assert [image["key"] for image in ranked] == [f"{n:06d}" for n in range(12)]
     assert ranked[7]["image"] == f"{described}/00000.tar[7]"
 
-    (tmp_path / "pictures").mkdir()
     for n in range(12):
-        (tmp_path / "pictures" / f"{n:02d}.png").write_bytes(encode_image(n))
-    paths = sorted((tmp_path / "pictures").iterdir())
+        path = tmp_path / "pictures" / f"{n:02d}" / "1.png"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(encode_image(n))
+    paths = sorted((tmp_path / "pictures").glob("*/1.png"))
     for image, expected in zip(ranked, rank_captions(load(), paths, [text.strip() for text in candidates])):
         assert [entry["caption"] for entry in image["captions"]] == [entry.caption for entry in expected]
         for key in ("cosine", "probability"):
@@ -193,7 +206,7 @@ def test_candidates_are_ranked_for_pictures_in_shards_and_files(described, pool,
     assert [image["image"] for image in best] == [str(path) for path in paths]
     assert [image["captions"][0]["caption"] for image in best] == [image["captions"][0]["caption"] for image in ranked]
     rows = list(csv.DictReader((described / "out" / "ranked_captions.csv").open()))
-    assert [(row["key"], row["rank"]) for row in rows] == [(f"{n:02d}", "1") for n in range(12)]
+    assert [(row["key"], row["rank"]) for row in rows] == [(f"{n:02d}/1", "1") for n in range(12)]
 
 
 def rank_on_a_rank(folder: Path, *given: str) -> dict[str, float]:
@@ -227,6 +240,14 @@ def test_candidates_that_cannot_be(described, tmp_path):
             run(described, "rank_captions", *given)
 
 
+def test_half_a_letter_is_written_as_a_question_mark(tmp_path):
+    caption = RankedCaption("half \ud83d", 0.5, 1.0)
+    ranking_task._write(tmp_path, [RankedImage("a\udcff.png", "a\udcff", [caption])])
+    (written,) = json.loads((tmp_path / "ranked_captions.json").read_text("utf-8"))
+    assert (written["image"], written["captions"][0]["caption"]) == ("a?.png", "half ?")
+    assert "a?.png,a?,1,half ?,0.5,1.0" in (tmp_path / "ranked_captions.csv").read_text("utf-8")
+
+
 def test_texts_that_are_the_same_are_encoded_once():
     loaded, rows = load(), []
     loaded.model.text.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
@@ -253,6 +274,53 @@ def error_on_a_rank(folder: Path) -> str:
     with pytest.raises(DataError) as error:
         run(folder, "retrieval", data, r"task.caption_key=json\:captions")
     return str(error.value).partition(" (")[0]
+
+
+@pytest.mark.parametrize("kind", ["rank_captions", "zero_shot"])
+def test_ranks_that_see_other_pictures_end(kind, pool, tmp_path):
+    for rank in range(2):
+        for name in ("red", "blue"):
+            path = tmp_path / str(rank) / "photos" / name / f"{rank}.png"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(encode_image(0))
+    (tmp_path / "candidates.txt").write_text("a\nb\n")
+    more = [f"task.candidates={tmp_path}/candidates.txt"] if kind == "rank_captions" else []
+    for said in pool.run(other_pictures, tmp_path, kind, *more):
+        assert said.endswith(
+            "photos: the ranks see different shards, pictures or class names, or different numbers of samples"
+        )
+
+
+def other_pictures(folder: Path, task: str, *more: str) -> str:
+    with pytest.raises(DataError) as error:
+        run(folder, task, f"data.path={folder}/{group_rank()}/photos", *more)
+    return str(error.value)
+
+
+def test_out_of_memory_after_the_features_ends_both_ranks_in_one_line(labelled, described, pool):
+    for said in pool.run(out_of_memory_on_a_rank, labelled, described):
+        assert said == 4 * ["out of memory (MemoryError)"]
+
+
+def out_of_memory_on_a_rank(labelled: Path, described: Path) -> list[str]:
+    def fail(*_: object) -> NoReturn:
+        raise MemoryError
+
+    said = []
+    for place, name, folder, given in (
+        (Samples, "take", labelled, ["linear_probe", f"data.path={labelled}/set"]),
+        (Samples, "take_share", labelled, ["linear_probe", f"data.path={labelled}/set", "task.C=10"]),
+        (moderation_task, "_scored", labelled, ["moderation", f"data.path={labelled}/set"]),
+        (retrieval_ranks, "_count_after", described,
+         ["retrieval", f"data.path={described}/*.tar", r"task.caption_key=json\:captions"]),
+    ):  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            if group_rank() == 1:
+                patch.setattr(place, name, fail)
+            with pytest.raises(DataError) as error:
+                run(folder, *given)
+        said.append(str(error.value))
+    return said
 
 
 def test_retrieval_that_cannot_be(described, tmp_path):

@@ -1,6 +1,7 @@
 """Indexes, filters, and what is found with them, without a model."""
 
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -99,6 +100,15 @@ def test_conditions_reach_nothing_but_the_metadata(folder, tmp_path):
         assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("name", ["file_index", "File_Row_Number", "clip_train_row", "clip_train_file"])
+def test_a_column_that_would_stand_for_the_place_of_a_sample_is_refused(name, tmp_path):
+    path = make_folder(tmp_path, unit_vectors(4, WIDTH), parts=1).metadata[0]
+    table = parquet.read_table(path)
+    parquet.write_table(table.append_column(name, [[3, 2, 1, 0]]), path)
+    with pytest.raises(DataError, match=rf"^where= needs the name of the column '{name}'.*: write them without it"):
+        Searcher(EmbeddingFolder.open(tmp_path), IMAGE).allowed("price >= 0")
+
+
 def test_a_condition_that_takes_too_much_memory_is_one_line(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(filters, "_MEMORY", "50MB")
     monkeypatch.chdir(tmp_path)
@@ -172,9 +182,11 @@ def test_folders_of_clip_retrieval_are_read_and_others_refused(tmp_path):
     assert [(hit.number, hit.row) for hit in hits[:1]] == [(2, {"caption": "c0"})]
     hits += Searcher(renamed, IMAGE).search(QUERIES[0], SearchOptions(60, where="width = 64"))
     assert {read_picture(hit.row) for hit in hits} == {None}
-    print_table([Answer("x", None, hits)], Console())
+    answers = [Answer("x\udcff.png", None, hits)]  # a file's name that is not UTF-8
+    print_table(answers, Console())
     for suffix in ("html", "json", "png"):
-        write_results(f"{tmp_path}/found.{suffix}", [Answer("x", None, hits)])
+        write_results(f"{tmp_path}/found.{suffix}", answers)
+    assert json.loads((tmp_path / "found.json").read_text("utf-8"))[0]["query"] == "x?.png"
     renamed.metadata[3].unlink()
     with pytest.raises(DataError, match=r"is not complete: each \.npy needs a metadata/"):
         EmbeddingFolder.open(tmp_path)

@@ -1,4 +1,5 @@
 import logging
+import sys
 import threading
 import warnings
 
@@ -39,6 +40,23 @@ def test_early_records_libraries_warnings_and_the_rank(tmp_path, capsys):
         assert sum(text in line and "[rank 3] WARNING" in line for line in lines) == 1, text
     assert not any("all it does" in line for line in lines)
     assert capsys.readouterr() == ("", "")  # the terminal is the first rank's
+
+
+def test_the_terminal_shows_a_fault_of_any_rank_once(tmp_path, capsys):
+    logger = logging.getLogger("clip_train")
+    logger.handlers = [logging.StreamHandler(sys.stdout)]
+    log = start_rank_log(3)
+    log.open(tmp_path / "rank_00003.log")
+    part = logging.getLogger("clip_train.part")
+    part.error("not to be seen there")
+    try:
+        print(1 / 0)
+    except ZeroDivisionError:
+        part.critical("a fault", exc_info=True)
+    shown = capsys.readouterr()
+    for text in (shown.out + shown.err, (tmp_path / "rank_00003.log").read_text()):
+        assert text.count("a fault") == text.count("print(1 / 0)") == 1
+    assert "not to be seen there" not in shown.out + shown.err
 
 
 def test_what_a_process_or_a_thread_dies_of(tmp_path):
