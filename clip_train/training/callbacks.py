@@ -33,6 +33,7 @@ from clip_train.training.micro_batch import MicroBatchSearch
 from clip_train.training.module import ClipModule
 from clip_train.training.parts import plain, timeouts
 from clip_train.training.probe_start import ProbeStart
+from clip_train.training.profiling import StepProfile
 from clip_train.training.progress import ProgressDisplay
 from clip_train.training.rank_log import RankLog
 from clip_train.training.resume import Checkpoint, Resume
@@ -114,7 +115,7 @@ def make_callbacks(plan: RunPlan, rank_log: RankLog, console: Console) -> RunCal
     progress = ProgressDisplay(metrics, console)
     # The average takes memory, so that it comes before the search; that comes before anything is timed.
     in_order = [watchdog, start, *probe, *([average] if average else []), *search, guard, bad_samples, staging]
-    in_order += [agreement, metrics, *sample_log, checkpointing, progress, validation, trial]
+    in_order += [agreement, metrics, *sample_log, checkpointing, progress, validation, trial, *_profile(plan)]
     return RunCallbacks(guard, metrics, checkpointing, trial, agreement, validation, in_order)
 
 
@@ -215,6 +216,11 @@ def _probe_start(plan: RunPlan) -> list[L.Callback]:
     key = features_key(probe, probe.features, plan.data.unaugmented(), plain(cfg.data)["image_key"], precision)
     folder = Path(cfg.data.cache_dir or plan.folder.path) / f"features_{key}"
     return [ProbeStart(plan.data, folder, cfg.eval.batch_size, fresh=plan.checkpoint is None)]
+
+
+def _profile(plan: RunPlan) -> list[StepProfile]:
+    steps = plan.cfg.trainer.profile
+    return [StepProfile(steps, plan.folder.path / "profile")] if steps else []
 
 
 def _micro_batch_search(plan: RunPlan) -> MicroBatchSearch:

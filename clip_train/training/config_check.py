@@ -29,6 +29,7 @@ _NUMBERS: tuple[tuple[str, type, float], ...] = (
     ("model.image_size", int, 1),
     ("model.embed_dim", int, 1),
     ("model.text.context_length", int, 2),
+    ("model.text.length_multiple", int, 1),
     ("model.init_logit_scale", Real, 0),
     ("model.init_logit_bias", Real, -math.inf),
     ("optim.lr", Real, 0),
@@ -57,6 +58,7 @@ _NUMBERS: tuple[tuple[str, type, float], ...] = (
     ("ema.decay", Real, 0),
     ("distill.loss_weight", Real, 0),
     ("trainer.log_every", int, 1),
+    ("trainer.profile", int, 1),
     ("checkpoint.keep", int, 1),
     ("checkpoint.keep_best", int, 1),
     ("checkpoint.every_minutes", Real, 0),
@@ -80,6 +82,8 @@ _MAY_BE = {
     "ema.decay": (None,),
     "micro_batch_size": (None, "auto"),
     "model.init_logit_bias": (None,),
+    "model.text.length_multiple": (None,),
+    "trainer.profile": (None,),
 }
 # Shares, which are at most 1.
 _SHARES = (
@@ -104,7 +108,8 @@ _OPTIONAL = (
     "loss.",
     "finetune.",
 )
-_DEFAULTS = {"model.init_logit_scale": INITIAL_LOGIT_SCALE}  # a model config of the user's need not have it
+# What a model config of the user's need not have.
+_DEFAULTS = {"model.init_logit_scale": INITIAL_LOGIT_SCALE, "model.text.length_multiple": None}
 _ABSENT = object()
 # The functions of the loss group, by its choices.
 _LOSSES = {"contrastive_loss": "contrastive", "sigmoid_loss": "sigmoid", "CaptioningLoss": "captioning"}

@@ -7,7 +7,7 @@ import pytest
 
 from tests.cli.runs import TINY, clip_train
 
-# A tiny model takes some 1.1 GiB with all libraries, and 8192 pairs at once 3 GiB more.
+# A tiny model takes some 1.1 GiB with all libraries, and 16384 pairs at once more than 2 GiB besides.
 LIMITED = ("prlimit", f"--data={2400 << 20}", sys.executable)
 BATCH = ("batch_size=8192", "max_steps=1", "data.val.shards=null")
 
@@ -15,11 +15,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limit is Li
 
 
 def test_the_error_names_the_setting(tmp_path):
-    done = clip_train(*TINY, *BATCH, f"output_dir={tmp_path}", launcher=LIMITED)
+    done = clip_train(*TINY, *BATCH, "batch_size=16384", f"output_dir={tmp_path}", launcher=LIMITED)
     assert done.returncode == 2, done.stdout + done.stderr
     (line,) = done.stderr.strip().splitlines()
     assert (
-        "out of memory with micro_batch_size=null (8192 pairs" in line and "try micro_batch_size=4096, or auto" in line
+        "out of memory with micro_batch_size=null (16384 pairs" in line and "try micro_batch_size=8192, or auto" in line
     )
 
 
