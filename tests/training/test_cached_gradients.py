@@ -60,8 +60,9 @@ def test_gradients_equal_those_of_the_plain_step(loss, size, grad_checkpointing)
     assert found.keys() == expected.keys() == dict(model.named_parameters()).keys()
     total = torch.stack([grad.norm() for grad in expected.values()]).norm()
     for name, grad in expected.items():
-        # Key biases have no influence: their gradient is rounding alone, small beside the whole.
-        assert (found[name] - grad).norm() <= 1e-6 * grad.norm() + 1e-8 * total, name
+        # Key biases have no influence: their gradient is rounding alone, small beside the whole. Micro-batches have
+        # texts of other lengths, whose sums are rounded otherwise.
+        assert (found[name] - grad).norm() <= 4e-6 * grad.norm() + 1e-8 * total, name
 
 
 def test_gradients_are_to_the_bit_those_of_one_micro_batch():
@@ -103,7 +104,7 @@ def test_under_autocast():
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         _, expected = plain(model, contrastive_loss)
         _, found = cached(model, contrastive_loss, 4)
-    assert found["logit_scale"].item() == pytest.approx(expected["logit_scale"].item(), rel=1e-5)
+    assert found["logit_scale"].item() == pytest.approx(expected["logit_scale"].item(), rel=0.01)
     for name, grad in expected.items():
         assert (found[name] - grad).norm() <= 0.02 * grad.norm() + 1e-3, name  # bf16 rounds other sums otherwise
 
