@@ -4,8 +4,8 @@ import io
 import json
 import logging
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -18,14 +18,26 @@ from tests.interop.tiny import CLIP, ours
 def call(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
     """Run a program; returns its exit code and what it printed."""
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err), _logging_as_before():
         patch.setattr(sys, "argv", ["program", *map(str, arguments)])
         patch.setenv("COLUMNS", "200")
-        patch.setattr(logging.getLogger("clip_train"), "handlers", [])  # of another program's test in this process
         with pytest.raises(SystemExit) as exit:
             main()
     assert isinstance(exit.value.code, int)
     return exit.value.code, out.getvalue(), err.getvalue()
+
+
+@contextmanager
+def _logging_as_before() -> Iterator[None]:
+    """A program decides where the package logs to; the next test, or program, in this process shall not find that."""
+    logger = logging.getLogger("clip_train")
+    handlers, level, propagate = logger.handlers, logger.level, logger.propagate
+    logger.handlers = []
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def write_model(folder: Path) -> list[str]:

@@ -106,7 +106,7 @@ def test_under_autocast():
         _, found = cached(model, contrastive_loss, 4)
     assert found["logit_scale"].item() == pytest.approx(expected["logit_scale"].item(), rel=0.01)
     for name, grad in expected.items():
-        assert (found[name] - grad).norm() <= 0.02 * grad.norm() + 1e-3, name  # bf16 rounds other sums otherwise
+        assert (found[name] - grad).norm() <= 0.02 * grad.norm() + 2e-3, name  # bf16 rounds other sums otherwise
 
 
 def test_a_loss_that_ignores_the_temperature():
