@@ -1,13 +1,10 @@
 """clip-plan: what a run of clip-train will need, before it is queued."""
 
-import re
 import sys
 
 from omegaconf import DictConfig
 
 from clip_train.commands.program import EXIT_DONE, run_program
-
-_RESUME = re.compile(r"^resume=")  # as clip-train
 
 
 def main() -> None:
@@ -15,8 +12,7 @@ def main() -> None:
     if sys.argv[1:2] == ["calibrate"]:
         del sys.argv[1]
         run_program("clip-plan calibrate", "plan_calibrate", _calibrate)
-    sys.argv[1:] = [_RESUME.sub("resume.from=", argument) for argument in sys.argv[1:]]
-    run_program("clip-plan", "plan", _plan)
+    run_program("clip-plan", "plan", _plan, short={"resume": "resume.from"})
 
 
 def _plan(cfg: DictConfig) -> int:
