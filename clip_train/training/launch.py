@@ -19,6 +19,7 @@ from torch.distributed.constants import default_pg_timeout
 from clip_train.distributed import host_group
 from clip_train.errors import ConfigError
 from clip_train.processes import die_with_parent
+from clip_train.training import torchrun
 
 _ACCELERATORS = ("auto", "cpu", "gpu")
 _MOST_WORKERS = 8
@@ -32,6 +33,7 @@ class World:
         accelerator: `cpu` or `gpu`.
         devices: processes per node.
         environment: tells Lightning how the processes were started.
+        stores: of torchrun, where it started them.
     """
 
     accelerator: str
@@ -39,6 +41,7 @@ class World:
     num_nodes: int
     rank: int
     environment: ClusterEnvironment
+    stores: torchrun.Stores | None = None
 
     @property
     def size(self) -> int:
@@ -68,7 +71,7 @@ def find_world(accelerator: str, devices: int | str, num_nodes: int) -> World:
     if TorchElasticEnvironment.detect():
         local, size, rank = int(env["LOCAL_WORLD_SIZE"]), int(env["WORLD_SIZE"]), int(env["RANK"])
         _check_launcher("torchrun", devices, local)
-        return World(accelerator, local, size // local, rank, TorchElasticEnvironment())
+        return World(accelerator, local, size // local, rank, TorchElasticEnvironment(), torchrun.meet(rank, size))
     if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # inside srun, not just a batch script
         size, nodes = int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_STEP_NUM_NODES"])
         if size % nodes:

@@ -6,14 +6,13 @@ import os
 import platform
 import subprocess
 import sys
-from datetime import datetime, timedelta
+from datetime import datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-from torch.distributed import TCPStore
 
 from clip_train.data.files import write_atomic
 from clip_train.errors import ConfigError, RunExistsError
@@ -116,8 +115,8 @@ def default_run_name(model_name: str, world: World) -> str:
         run_id = env["TORCHELASTIC_RUN_ID"]
         if run_id != "none":  # --rdzv-id, or what --standalone made up
             return f"{run_id}_{model_name}".replace("/", "_")
-        if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return _first_proposal(name, env["MASTER_ADDR"], int(env["MASTER_PORT"]))
+        if world.stores:  # the name that some rank was the first to propose
+            return world.stores.agent.compare_set("run_name", "", name).decode()
     elif isinstance(world.environment, SLURMEnvironment):
         return f"{env['SLURM_JOB_ID']}.{env['SLURM_STEP_ID']}_{model_name}"
     elif "LOCAL_RANK" not in env and world.size == world.devices:
@@ -126,12 +125,6 @@ def default_run_name(model_name: str, world: World) -> str:
     elif _NAME_FOR_CHILDREN in env and started_by_lightning():
         return env[_NAME_FOR_CHILDREN]
     raise ConfigError("the processes cannot agree on a run_name, as they were started apart: give run_name=NAME to all")
-
-
-def _first_proposal(name: str, host: str, port: int) -> str:
-    """The name that some rank was the first to propose, in the store that torchrun keeps for its processes."""
-    store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=300))
-    return store.compare_set("clip_train/run_name", "", name).decode()
 
 
 def environment() -> dict[str, str | int | bool]:

@@ -2,11 +2,12 @@ import subprocess
 
 import pytest
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from torch.distributed import TCPStore
+from torch.distributed import HashStore
 
 from clip_train.errors import ConfigError, RunExistsError
 from clip_train.training.launch import World
 from clip_train.training.run_folder import RunFolder, default_run_name, environment
+from clip_train.training.torchrun import Stores
 from tests.training.full_disk import room_for
 
 
@@ -40,13 +41,11 @@ def test_processes_of_a_job_have_its_name(monkeypatch):
 
 
 def test_processes_of_an_unnamed_torchrun_share_a_name_through_its_store(monkeypatch):
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    values = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    for name, value in {**values, "MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}.items():
-        monkeypatch.setenv(name, value)
-    first = default_run_name("vit", world(TorchElasticEnvironment()))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    unnamed = World("cpu", 2, 1, 0, TorchElasticEnvironment(), Stores(HashStore(), None))
+    first = default_run_name("vit", unnamed)
     assert first.endswith("_vit")
-    assert default_run_name("later", world(TorchElasticEnvironment())) == first
+    assert default_run_name("later", unnamed) == first
 
 
 def test_what_lightning_starts_has_the_name_of_the_first_process(monkeypatch):
