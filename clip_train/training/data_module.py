@@ -30,6 +30,7 @@ from clip_train.data.sources import has_labels, open_sources, order_sources
 from clip_train.data.staging import Stager
 from clip_train.data.tokenizer_choice import CaptionTokenizer
 from clip_train.errors import ConfigError, DataError
+from clip_train.training.copied_ahead import CopiedAhead
 from clip_train.training.launch import World, num_workers
 from clip_train.training.module import ClipModule
 
@@ -193,9 +194,12 @@ class ClipDataModule(L.LightningDataModule):
         """The training set with its labels, as evaluation would see it; samples may be bad."""
         return self._make_eval(self.batches.reader, with_labels=True, keep_bad=True)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> CopiedAhead:
         """The stream from the module's position on."""
         module = cast(ClipModule, cast(L.Trainer, self.trainer).lightning_module)
+        return CopiedAhead(self._loader(module), module.send, module.device)
+
+    def _loader(self, module: ClipModule) -> DataLoader:
         starts = BatchStarts(module.position, self.batch_size)
         pin_memory = self.world.accelerator == "gpu"
         if self.features is not None:  # nothing to decode

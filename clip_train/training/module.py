@@ -19,6 +19,7 @@ from clip_train.models.locking import fixed_names
 from clip_train.models.text_lengths import with_lengths
 from clip_train.training.bad_step import clip_or_skip, restore_unless, running_statistics, telling_seed
 from clip_train.training.cached_gradients import cached_backward, refuse_batch_norm
+from clip_train.training.copied_ahead import SentBatch
 from clip_train.training.distillation import Teacher
 from clip_train.training.durations import Clock
 from clip_train.training.frozen_towers import encoding_once
@@ -134,14 +135,18 @@ class ClipModule(L.LightningModule):
         with local, torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss, gradient=telling_seed(loss))
 
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+    def send(self, batch: Batch) -> Batch:
+        """The batch on the module's device, or on its way there."""
         start = time.perf_counter()
-        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        moved = super().transfer_batch_to_device(batch, self.device, dataloader_idx=0)
         if "text" in self.model.batch_keys and not batch.get("error"):
             # With their lengths, while they are on the host: the step asks the device for nothing.
             cast(dict[str, Any], moved)["text"] = with_lengths(moved["text"], batch["text"], self.model.text)
         moved["seconds"] = {**batch["seconds"], "transfer": time.perf_counter() - start}
         return moved
+
+    def transfer_batch_to_device(self, batch: Batch | SentBatch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.arrived() if isinstance(batch, SentBatch) else self.send(batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         # The gradient scaler of fp16 hands a fused optimizer unscaled gradients, too late for clipping.

@@ -96,14 +96,14 @@ def test_rates_of_towers_follow_the_schedule(tmp_path):
 
 def test_texts_are_sent_with_their_lengths_where_there_are_any():
     clock = Clock(BATCH_SIZE, epoch_samples=BATCH_SIZE, total_samples=BATCH_SIZE)
-    module, cpu = ClipModule(create_dual_encoder(**TINY), contrastive_loss, OPTIM, clock, seed=0), torch.device("cpu")
+    module = ClipModule(create_dual_encoder(**TINY), contrastive_loss, OPTIM, clock, seed=0)
     pixels, ids = random_batch(BATCH_SIZE)
-    sent = module.transfer_batch_to_device(assemble(pixels.permute(0, 2, 3, 1), ids.numpy()), cpu, 0)["text"]
+    sent = module.send(assemble(pixels.permute(0, 2, 3, 1), ids.numpy()))["text"]
     assert isinstance(sent, TokenIds) and torch.equal(sent.ids, ids)
-    assert module.transfer_batch_to_device(failed("no sample can be used"), cpu, 0)["error"] == "no sample can be used"
+    assert module.send(failed("no sample can be used"))["error"] == "no sample can be used"
     module.model.batch_keys = ("features", "label")  # of a linear probe, whose batches have no texts
     features = assemble(pixels.permute(0, 2, 3, 1), np.empty((BATCH_SIZE, 0), dtype=np.int64))
-    assert module.transfer_batch_to_device(features, cpu, 0)["text"].shape == (BATCH_SIZE, 0)
+    assert module.send(features)["text"].shape == (BATCH_SIZE, 0)
 
 
 class Changes(L.Callback):
