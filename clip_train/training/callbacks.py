@@ -155,13 +155,14 @@ def _guard(plan: RunPlan, last_checkpoint: Callable[[], tuple[Path, int] | None]
 def _metrics(plan: RunPlan, bad_samples: BadSamples, staging: ShardStaging, guard: Guard) -> TrainMetrics:
     cfg, data = plan.cfg, plan.data
     finetune = None if cfg.get("finetune") is None else plain(cfg.finetune)
+    hardware = cfg.trainer.get("hardware")
     return TrainMetrics(
         cfg.trainer.log_every,
         cfg.batch_size,
         data_metrics=lambda position: {**bad_samples.metrics(), **staging.metrics(), **data.metrics(position)},
         loader_times=LoaderTimes(data.num_workers, cpus_per_process(plan.world), cfg.data.decode),
         guard=guard,
-        utilisation=Utilisation(plain(cfg.model), finetune, cfg.trainer.get("hardware")),
+        utilisation=Utilisation(plain(cfg.model), finetune, hardware),
         limits=LimitLine(_speed_settings(plan)),
     )
 

@@ -86,6 +86,8 @@ def _remedy_of_compute(settings: Settings) -> str:
         return "trainer.compile=true"
     if settings.encodes_twice:
         return "a larger micro_batch_size, if memory suffices: all but the last micro-batch are encoded twice"
+    if settings.strategy == "fsdp":
+        return "trainer.strategy=ddp, if the model fits: waiting for weights is in forward and backward"
     return "nothing but more devices: they are at work"
 
 
@@ -128,6 +130,6 @@ class LimitLine:
         shares = ", ".join(f"{parts[part] / step:.0%} {part}" for part in PARTS)
         beside = max(1 - sum(parts.values()) / step, 0.0)
         return (
-            f"limited by {limit}; try {remedy(limit, self.settings, loader)}"
+            f"limited by {limit}; to try: {remedy(limit, self.settings, loader)}"
             f" (a step of {1e3 * step:,.0f} ms: {shares}, {beside:.0%} beside)"
         )

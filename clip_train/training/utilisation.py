@@ -1,4 +1,4 @@
-"""Model FLOPs utilisation: of what the devices could multiply, the share that the model needs (PaLM, arXiv:2204.02311)."""
+"""Model FLOPs utilisation (PaLM, arXiv:2204.02311): of what a device could multiply, the share the model needs."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -105,7 +105,7 @@ class Utilisation:
 
     def __init__(self, model: Mapping[str, Any], finetune: Mapping[str, Any] | None, hardware: str | None) -> None:
         self._model, self._finetune = model, finetune
-        self._hardware = None if hardware is None else find_hardware(hardware, SETTING)
+        self._hardware = None if hardware is None else find_hardware(str(hardware), SETTING)
         self._rate = self._needed = 0.0
         self._pair: PairFlops | None = None
 
