@@ -1,13 +1,12 @@
 """train/mfu against operations reckoned by hand, and where there is none."""
 
-import json
 import logging
 
 import pytest
 import torch
 
 from clip_train.errors import ConfigError
-from clip_train.planning.hardware import TABLE, known_gpu
+from clip_train.planning.hardware import TABLE, Hardware, known_gpu, write_hardware
 from clip_train.planning.towers import PlannedModel
 from clip_train.training.utilisation import Utilisation, count_pair_flops
 from tests.models.configs import load_config
@@ -57,9 +56,9 @@ def test_a_model_whose_texts_are_of_one_length_costs_what_is_planned(name):
 
 
 def hardware_file(folder):
+    """As `clip-plan calibrate` writes it."""
     path = folder / "hardware.json"
-    rates = {"name": "mine", "memory": 1, "bf16": 9e99, "fp32": RATE, "link": 1, "network": 1}
-    path.write_text(json.dumps(rates))
+    write_hardware(Hardware("mine", memory=1.0, bf16=9e99, fp32=RATE, link=1.0, network=1.0), path)
     return str(path)
 
 
