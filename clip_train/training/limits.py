@@ -101,7 +101,8 @@ class LimitLine:
 
     def __init__(self, settings: Settings, now: Callable[[], float] = time.monotonic) -> None:
         self.settings, self._now = settings, now
-        self._next, self._said = 0.0, None
+        self._next = 0.0
+        self._said: str | None = None
 
     def line(
         self,
@@ -120,8 +121,8 @@ class LimitLine:
             loader: as of `remedy`.
             last: there will be no other time to say it.
         """
-        due = self._next if self._said else 0.0
-        if (steps < _FIRST_STEPS and not last) or self._now() < due or (last and self._said):
+        too_soon = self._said is not None and (last or self._now() < self._next)
+        if too_soon or (steps < _FIRST_STEPS and not last):
             return None
         limit = limit_of(parts, step, lag)
         if limit == self._said and limit != DATA:

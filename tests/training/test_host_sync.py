@@ -129,4 +129,7 @@ class Strict(L.Callback):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_is_not_waited_for(tmp_path):
-    train("32", 5, tmp_path, callbacks=[train_metrics(log_every=100), Strict()], accelerator="gpu")
+    try:
+        train("32", 5, tmp_path, callbacks=[train_metrics(log_every=100), Strict()], accelerator="gpu")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
