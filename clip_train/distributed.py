@@ -2,8 +2,8 @@
 
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from itertools import pairwise
 from typing import TypeVar
@@ -30,6 +30,28 @@ def group_size(group: dist.ProcessGroup | None = None) -> int:
 def group_rank(group: dist.ProcessGroup | None = None) -> int:
     """This rank in the group; 0 where there is no process group."""
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
+
+
+_around_exchanges: Callable[[], AbstractContextManager] = nullcontext
+
+
+def exchanging() -> AbstractContextManager:
+    """To be put around what waits for other ranks, so that it can be timed."""
+    return _around_exchanges()
+
+
+@contextmanager
+def around_exchanges(make: Callable[[], AbstractContextManager]) -> Iterator[None]:
+    """Inside, `make()` is what `exchanging` returns.
+
+    It is the same for all threads, as backward on an accelerator runs in one of its own.
+    """
+    global _around_exchanges
+    before, _around_exchanges = _around_exchanges, make
+    try:
+        yield
+    finally:
+        _around_exchanges = before
 
 
 _host_world: "WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup]" = WeakKeyDictionary()
@@ -86,7 +108,8 @@ def gather_parts(local: Tensor, count: int) -> Tensor:
 def sum_over_ranks(local: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """The sum over ranks, on every rank, in place. No gradients."""
     if group_size(group) > 1:
-        dist.all_reduce(local, group=group)
+        with exchanging():
+            dist.all_reduce(local, group=group)
     return local
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from clip_train.distributed import group_rank, group_size, host_group
+from clip_train.distributed import exchanging, group_rank, group_size, host_group
 from clip_train.errors import ClipTrainError
 
 EXCHANGES = ("gather", "ring")
@@ -33,7 +33,8 @@ def check_features(image: Tensor, text: Tensor, exchange: str, group: dist.Proce
     if group_size(group) > 1:
         host = host_group(group)
         extremes = extremes if host else extremes.to(image.device)
-        dist.all_reduce(extremes, dist.ReduceOp.MAX, group=host or group)
+        with exchanging():
+            dist.all_reduce(extremes, dist.ReduceOp.MAX, group=host or group)
     if not are_pairs:
         raise UnequalBatchesError(
             f"image features {tuple(image.shape)} and text features {tuple(text.shape)} are no pairs:"
@@ -52,14 +53,16 @@ def mean_over_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if (world_size := group_size(group)) == 1:
         return local
     total = local.clone()
-    dist.all_reduce(total, group=group)
+    with exchanging():
+        dist.all_reduce(total, group=group)
     return total / world_size
 
 
 def maximum_over_ranks_(values: Tensor, group: dist.ProcessGroup | None) -> None:
     """The greatest over ranks of each value, in place. No gradients."""
     if group_size(group) > 1:
-        dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
+        with exchanging():
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=group)
 
 
 class GatheredRows:
@@ -80,7 +83,8 @@ class GatheredRows:
 
     def wait(self) -> Tensor:
         if self._work is not None:
-            self._work.wait()
+            with exchanging():
+                self._work.wait()
             self._work = None
         return self._rows
 
@@ -100,7 +104,8 @@ class ReduceScatter:
 
     def wait(self) -> None:
         if self._work is not None:
-            self._work.wait()
+            with exchanging():
+                self._work.wait()
 
 
 class Shift:
@@ -118,8 +123,9 @@ class Shift:
             self._works = dist.batch_isend_irecv([*sends, *receives])
 
     def wait(self) -> list[Tensor]:
-        for work in self._works:
-            work.wait()
+        with exchanging():
+            for work in self._works:
+                work.wait()
         return self._received
 
 

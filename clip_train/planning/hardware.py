@@ -3,6 +3,7 @@
 import difflib
 import json
 import os
+import re
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -36,7 +37,7 @@ class Hardware:
 
     def rate(self, precision: str) -> float:
         """Operations per second under a `trainer.precision`."""
-        return self.fp32 if precision == "32" else self.bf16
+        return self.fp32 if precision in ("32", "32-true") else self.bf16
 
 
 def _gpu(name: str, memory: float, bf16: float, fp32: float, link: float, network: float) -> Hardware:
@@ -55,8 +56,27 @@ TABLE = {
 }
 
 
-def find_hardware(name: str) -> Hardware:
+# What a driver calls the GPUs of the table. Others of these families, such as the H100 PCIe, have other rates.
+_DRIVER_NAMES = {
+    "a100": r"A100-(SXM4|PCIE)-\d+GB",
+    "h100": r"H100 80GB HBM3",
+    "h200": r"H200",
+    "l40s": r"L40S",
+    "rtx4090": r"GeForce RTX 4090",
+}
+
+
+def known_gpu(driver_name: str) -> Hardware | None:
+    """The entry of the table for what `torch.cuda.get_device_name` says; None if it has none."""
+    bare = driver_name.removeprefix("NVIDIA ")
+    return next((TABLE[key] for key, name in _DRIVER_NAMES.items() if re.fullmatch(name, bare)), None)
+
+
+def find_hardware(name: str, setting: str = "plan.hardware") -> Hardware:
     """One of the table, this processor measured now (`cpu`), or what `clip-plan calibrate` wrote (`NAME.json`).
+
+    Args:
+        setting: the key that names it.
 
     Raises:
         ConfigError: there is no such hardware, or the file is none of ours.
@@ -66,21 +86,21 @@ def find_hardware(name: str) -> Hardware:
     if name == CPU:
         return measure_hardware(torch.device("cpu"))
     if name.endswith(".json"):
-        return read_hardware(Path(name))
+        return read_hardware(Path(name), setting)
     close = difflib.get_close_matches(name, [*TABLE, CPU], n=1)
     hint = f"did you mean {close[0]}?" if close else f"there are {', '.join([*TABLE, CPU])}"
-    raise ConfigError(f"plan.hardware={name} is unknown; {hint} Or give a file that `clip-plan calibrate` wrote")
+    raise ConfigError(f"{setting}={name} is unknown; {hint} Or give a file that `clip-plan calibrate` wrote")
 
 
-def read_hardware(path: Path) -> Hardware:
+def read_hardware(path: Path, setting: str) -> Hardware:
     """Raises ConfigError if the file is not there, or none of ours."""
     try:
         found = json.loads(path.read_text())
         return Hardware(**{field.name: field.type(found[field.name]) for field in fields(Hardware)})  # pyright: ignore
     except OSError as error:
-        raise ConfigError(f"plan.hardware={path}: {error.strerror or error}") from error
+        raise ConfigError(f"{setting}={path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"plan.hardware={path} is no file of `clip-plan calibrate`: write it again") from error
+        raise ConfigError(f"{setting}={path} is no file of `clip-plan calibrate`: write it again") from error
 
 
 def write_hardware(hardware: Hardware, path: Path) -> None:

@@ -35,6 +35,8 @@ _CHARTS = (
     Chart("Gradient norm", r"train/grad_norm"),
     Chart("Samples per second", r"train/samples_per_second"),
     Chart("Share of time that waits for data", r"train/data_wait_fraction"),
+    Chart("Milliseconds of a step", r"train/time/.+_ms"),
+    Chart("Model FLOPs utilisation", r"train/mfu"),
 )
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import lightning as L
+import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
@@ -27,6 +28,7 @@ from clip_train.training.guard import Guard
 from clip_train.training.guard_report import write_report
 from clip_train.training.health import Health
 from clip_train.training.launch import World, cpus_per_process
+from clip_train.training.limits import LimitLine, Settings
 from clip_train.training.loader_times import LoaderTimes
 from clip_train.training.metrics import TrainMetrics
 from clip_train.training.micro_batch import MicroBatchSearch
@@ -44,6 +46,7 @@ from clip_train.training.sample_log import SampleLog
 from clip_train.training.shard_staging import ShardStaging
 from clip_train.training.startup import announce
 from clip_train.training.trial_report import TrialReport
+from clip_train.training.utilisation import Utilisation
 from clip_train.training.validation import AfterEvaluation, Validation, check_best_metric
 from clip_train.training.watchdog import Watchdog
 
@@ -151,12 +154,30 @@ def _guard(plan: RunPlan, last_checkpoint: Callable[[], tuple[Path, int] | None]
 
 def _metrics(plan: RunPlan, bad_samples: BadSamples, staging: ShardStaging, guard: Guard) -> TrainMetrics:
     cfg, data = plan.cfg, plan.data
+    finetune = None if cfg.get("finetune") is None else plain(cfg.finetune)
+    hardware = cfg.trainer.get("hardware")
     return TrainMetrics(
         cfg.trainer.log_every,
         cfg.batch_size,
         data_metrics=lambda position: {**bad_samples.metrics(), **staging.metrics(), **data.metrics(position)},
         loader_times=LoaderTimes(data.num_workers, cpus_per_process(plan.world), cfg.data.decode),
         guard=guard,
+        utilisation=Utilisation(plain(cfg.model), finetune, hardware),
+        limits=LimitLine(_speed_settings(plan)),
+    )
+
+
+def _speed_settings(plan: RunPlan) -> Settings:
+    cfg, on_cpu = plan.cfg, plan.world.accelerator == "cpu"
+    micro_batch_size = cfg.micro_batch_size  # auto is the most that fit
+    return Settings(
+        precision=str(cfg.trainer.precision),
+        bf16=not on_cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+        compiled=cfg.trainer.get("compile"),
+        recomputes=cfg.model.get("grad_checkpointing") not in (None, False, "none"),
+        encodes_twice=isinstance(micro_batch_size, int) and micro_batch_size < cfg.batch_size // plan.world.size,
+        strategy=str(cfg.trainer.strategy),
+        exchange=cfg.loss.get("exchange"),
     )
 
 

@@ -1,11 +1,8 @@
 """What loading a sample costs, stage by stage, and what to change when training waits for it."""
 
-import time
 from collections import Counter
 from collections.abc import Mapping
 
-_WAITING = 0.1
-_SECONDS_BETWEEN_HINTS = 600
 _REMEDIES = {
     "read": "keep the shards on a faster disk (data.cache_dir stages remote ones)",
     "decode": "store smaller pictures (clip-shards make image_size=...)",
@@ -29,7 +26,6 @@ class LoaderTimes:
         self.num_workers, self.cpus, self.decode = num_workers, cpus, decode
         self._seconds: Counter[str] = Counter()
         self._samples = 0
-        self._next_hint = 0.0
 
     def add(self, seconds: Mapping[str, float], samples: int) -> None:
         """The seconds that one batch spent in each stage."""
@@ -45,16 +41,13 @@ class LoaderTimes:
         self._seconds.clear()
         self._samples = 0
 
-    def hint(self, wait_fraction: float) -> str | None:
-        """What to change, if more than a tenth of the time is spent waiting; not again within ten minutes."""
-        if wait_fraction <= _WAITING or not self._seconds or time.monotonic() < self._next_hint:
+    def advice(self) -> str | None:
+        """What to change if training waits, by the stage that takes longest; None if nothing has been told."""
+        if not self._seconds:
             return None
-        self._next_hint = time.monotonic() + _SECONDS_BETWEEN_HINTS
         stage, spent = self._seconds.most_common(1)[0]
         share = spent / max(sum(self._seconds.values()), 1e-9)
-        return f"{wait_fraction:.0%} of the time goes into waiting for data, {share:.0%} of it {_GERUND[stage]}: " + (
-            self._remedy(stage)
-        )
+        return f"{self._remedy(stage)}, as {share:.0%} of loading is {_GERUND[stage]}"
 
     def _remedy(self, stage: str) -> str:
         if stage != "transfer" and self.num_workers < self.cpus:

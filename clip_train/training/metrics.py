@@ -13,9 +13,12 @@ from torch import Tensor
 
 from clip_train.heartbeat import beat
 from clip_train.training.guard import Guard
+from clip_train.training.limits import LimitLine
 from clip_train.training.loader_times import LoaderTimes
 from clip_train.training.module import ClipModule
 from clip_train.training.run_logger import RunLogger
+from clip_train.training.step_times import DATA, StepTimes
+from clip_train.training.utilisation import Utilisation
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ def log_metrics(trainer: L.Trainer, samples_seen: int, metrics: dict[str, float]
 
 
 class TrainMetrics(Callback):
-    """Logs loss, scale, rate, gradient norm, speed and share of time waiting for data, for every step.
+    """Logs loss, scale, rate, gradient norm, speed and where the time goes, for every step.
 
     Scalars stay on the device for `log_every` steps, so that a step does not wait for the device.
 
@@ -39,8 +42,10 @@ class TrainMetrics(Callback):
         log_every: steps between two readings.
         batch_size: pairs per step.
         data_metrics: what else to log of the data, at a position of the stream.
-        loader_times: told what each batch cost; logged, and a hint when training waits for data.
+        loader_times: told what each batch cost; logged.
         guard: judges every step that is read.
+        utilisation: of the device, logged where it is known.
+        limits: says what limits the run.
 
     Attributes:
         latest: the last values read, for the progress display and the summary.
@@ -48,10 +53,19 @@ class TrainMetrics(Callback):
     """
 
     def __init__(
-        self, log_every: int, batch_size: int, data_metrics: DataMetrics, loader_times: LoaderTimes, guard: Guard
+        self,
+        log_every: int,
+        batch_size: int,
+        data_metrics: DataMetrics,
+        loader_times: LoaderTimes,
+        guard: Guard,
+        utilisation: Utilisation,
+        limits: LimitLine,
     ) -> None:
         self.log_every, self.batch_size, self.guard = log_every, batch_size, guard
         self.data_metrics, self.loader_times = data_metrics, loader_times
+        self.utilisation, self.limits = utilisation, limits
+        self._times = StepTimes(torch.device("cpu"))
         self.latest: dict[str, float] = {}
         self._pending: list[tuple[int, int, dict[str, Tensor | float]]] = []
         self._step_end = self._first_step_end = 0.0
@@ -67,14 +81,20 @@ class TrainMetrics(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.resume_after(trainer.global_step, pl_module.samples_seen)
+        self.utilisation.start(trainer, pl_module.device)
+        self._times = pl_module.times = StepTimes(pl_module.device)
+        self._times.enter(DATA)
+        self._times.begin()
         self._step_end = self._window_start = self._clock()
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         self._waited += self._clock() - self._step_end
+        self._times.enter(None)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ClipModule, outputs, batch, batch_idx) -> None:
         metrics = {**pl_module.step_metrics, **self.data_metrics(pl_module.position)}
         self.loader_times.add(batch["seconds"], len(batch["image"]))
+        self.utilisation.add(batch)
         self._pending.append((trainer.global_step, pl_module.samples_seen, metrics))
         if len(self._pending) >= self.log_every or trainer.should_stop or not self.latest:
             self.flush(trainer)
@@ -83,6 +103,7 @@ class TrainMetrics(Callback):
             self._steps_timed += 1
         else:
             self._first_step_end = self._step_end
+        self._times.enter(DATA)
 
     def on_train_end(self, trainer, pl_module) -> None:
         self.flush(trainer)
@@ -97,7 +118,8 @@ class TrainMetrics(Callback):
             return
         start, self._stopped_at = time.perf_counter(), self._clock()
         try:
-            yield
+            with self._times.part(None):
+                yield
         finally:
             beat()
             self._left_out += time.perf_counter() - start
@@ -127,18 +149,28 @@ class TrainMetrics(Callback):
         speed = {
             "train/samples_per_second": len(self._pending) * self.batch_size / elapsed,
             "train/data_wait_fraction": self._waited / elapsed,
+            **self.utilisation.metrics(elapsed),
+            **self._step_times(trainer, elapsed, warmed_up),
             **self.loader_times.metrics(),
         }
         for (step, samples_seen, _), row in zip(self._pending, rows, strict=True):
             self.guard.note(step, samples_seen, row)
             self.latest = {**row, **speed}
             log_metrics(trainer, samples_seen, self.latest, step)
-        if warmed_up and trainer.is_global_zero and (hint := self.loader_times.hint(self._waited / elapsed)):
-            log.info("%s", hint)
         self._pending = []
         self._window_start, self._waited = now, 0.0
         self.loader_times.forget()
         self.guard.act(trainer, cast(ClipModule, trainer.lightning_module))
+
+    def _step_times(self, trainer: L.Trainer, elapsed: float, warmed_up: bool) -> dict[str, float]:
+        """Milliseconds of a step and of its parts; says what limits the run, when that is due."""
+        steps, found = len(self._pending), self._times.read()
+        step, parts = elapsed / steps, {part: seconds / steps for part, seconds in found.seconds.items()}
+        if warmed_up and trainer.is_global_zero:
+            advice, last = self.loader_times.advice(), trainer.should_stop
+            if line := self.limits.line(trainer.global_step, parts, step, found.lag, advice, last):
+                log.info("%s", line)
+        return {f"train/time/{name}_ms": 1e3 * seconds for name, seconds in {"step": step, **parts}.items()}
 
 
 def _read(rows: list[dict[str, Tensor | float]]) -> list[dict[str, float]]:

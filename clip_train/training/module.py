@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import lightning as L
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from clip_train.data.batches import Batch
 from clip_train.data.keyed_random import MODEL_NOISE, keyed_bits
+from clip_train.distributed import around_exchanges
 from clip_train.models import DualEncoder
 from clip_train.models.cpu_attention import fast_attention
 from clip_train.models.locking import fixed_names
@@ -26,6 +28,7 @@ from clip_train.training.frozen_towers import encoding_once
 from clip_train.training.memory import explained_out_of_memory
 from clip_train.training.optimizer import build_optimizer, set_rates, with_settings_of
 from clip_train.training.schedule import COSINE, make_schedule
+from clip_train.training.step_times import BACKWARD, COMMUNICATION, FORWARD, LOSS, OPTIMIZER, StepTimes, when_computed
 
 Loss = Callable[..., Tensor]
 
@@ -53,6 +56,7 @@ class ClipModule(L.LightningModule):
         samples_seen: pairs consumed by finished steps; it decides what comes next.
         skipped_samples: pairs of the stream left out before that, by a roll-back.
         step_metrics: scalars of the last step, on the device.
+        times: of the parts of a step; whoever wants them begins them.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class ClipModule(L.LightningModule):
         self.lr = optim["lr"]
         build_optimizer(model, optim, fused=False)  # what it refuses, it refuses before anything is written
         self.step_metrics: dict[str, Tensor | float] = {}
+        self.times = StepTimes(torch.device("cpu"))
 
     @property
     def position(self) -> int:
@@ -95,14 +100,16 @@ class ClipModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         statistics = running_statistics(self.model)
         fitting = explained_out_of_memory(self.micro_batch_size, self.clock.batch_size // self.trainer.world_size)
-        with fast_attention(self.device), fitting:
+        exchanges = around_exchanges(partial(self.times.part, COMMUNICATION))
+        with fast_attention(self.device), fitting, exchanges:
             loss = self._backward(batch)
             self.step_metrics = {"train/loss": loss, "train/logit_scale": self.model.logit_scale.detach().exp()}
             for source in (self.loss, self.teacher):
                 self.step_metrics |= getattr(source, "metrics", {})
             optimizer = cast(LightningOptimizer, self.optimizers())
-            optimizer.step()  # clips first, or does nothing: `on_before_optimizer_step`
-        optimizer.zero_grad()
+            with self.times.part(OPTIMIZER):
+                optimizer.step()  # clips first, or does nothing: `on_before_optimizer_step`
+                optimizer.zero_grad()
         restore_unless(torch.as_tensor(self.step_metrics["train/grad_norm"]).isfinite(), statistics)
         self.model.clamp_logit_scale()
         self.step_metrics["train/lr"] = self.lr
@@ -113,26 +120,36 @@ class ClipModule(L.LightningModule):
     def _backward(self, batch: Batch) -> Tensor:
         """Gradients of the loss, averaged over ranks; returns the loss."""
         inputs = tuple(batch[key] for key in self.model.batch_keys)
-        loss_of = self.loss if self.teacher is None else self.teacher.add_to(self.loss, batch, self.micro_batch_size)
+        loss_of = self.loss
+        if self.teacher is not None:
+            with self.times.part(FORWARD):
+                loss_of = self.teacher.add_to(self.loss, batch, self.micro_batch_size)
         if self.micro_batch_size is None or self.micro_batch_size >= len(inputs[0]):
-            loss = loss_of(*self.model(*inputs), **self.model.logit_parameters())
+            with self.times.part(FORWARD):
+                features = self.model(*inputs)
+            with self.times.part(LOSS):
+                loss = loss_of(*features, **self.model.logit_parameters())
+            del features
             self._synchronised_backward(loss, last=True)
             return loss.detach()
-        return cached_backward(
-            encoding_once(self.model),
-            loss_of,
-            self.model.logit_parameters(),
-            inputs,
-            micro_batch_size=self.micro_batch_size,
-            backward=self._synchronised_backward,
-        )
+        with self.times.part(LOSS):  # that is left for what has no part of its own: the loss's gradients, too
+            return cached_backward(
+                self.times.timed(FORWARD, encoding_once(self.model)),
+                loss_of,
+                self.model.logit_parameters(),
+                inputs,
+                micro_batch_size=self.micro_batch_size,
+                backward=self._synchronised_backward,
+            )
 
     def _synchronised_backward(self, loss: Tensor, last: bool) -> None:
         """Backward; only the last of a step exchanges gradients."""
         strategy = self.trainer.strategy
         local = strategy.block_backward_sync() if not last and isinstance(strategy, DDPStrategy) else nullcontext()
+        if last and self.trainer.world_size > 1:
+            when_computed(loss, partial(self.times.enter, COMMUNICATION))
         # Lightning's step is under autocast, which is for forward only.
-        with local, torch.autocast(self.device.type, enabled=False):
+        with self.times.part(BACKWARD), local, torch.autocast(self.device.type, enabled=False):
             self.manual_backward(loss, gradient=telling_seed(loss))
 
     def send(self, batch: Batch) -> Batch:

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class ProgressDisplay(Callback):
-    """Shows step, samples, loss, learning rate, samples/s, share of time waiting for data, and the time left."""
+    """Shows step, loss, rate, samples/s, utilisation if known, share of time waiting for data, and the time left."""
 
     def __init__(self, metrics: TrainMetrics, console: Console) -> None:
         self.metrics, self.console = metrics, console
@@ -57,8 +57,9 @@ class ProgressDisplay(Callback):
     def _status(self, trainer: L.Trainer) -> str:
         if not (latest := self.metrics.latest):
             return ""
+        utilisation = f"  mfu {latest['train/mfu']:.0%}" if "train/mfu" in latest else ""
         return (
             f"step {trainer.global_step}  loss {latest['train/loss']:.3f}  lr {latest['train/lr']:.2e}"
             f"  {latest['train/samples_per_second']:,.0f} samples/s"
-            f"  data wait {latest['train/data_wait_fraction']:.0%}"
+            f"{utilisation}  data wait {latest['train/data_wait_fraction']:.0%}"
         )

@@ -160,6 +160,7 @@ def test_two_lengths(fail):
         ("max_steps=0", "max_steps=0"),
         ("trainer.precision=64", "bf16-mixed"),
         ("trainer.devices=0", "trainer.devices=0"),
+        ("trainer.hardware=h1000", "trainer.hardware=h1000 is unknown; did you mean h100?"),
         ("optim.warmup=soon", "optim.warmup='soon'"),
         ("data.num_workers=-1", "data.num_workers=-1"),
         ("data=shards", "data.train.shards"),

@@ -34,8 +34,9 @@ def train(
     optim: Mapping[str, Any] = OPTIM,
     loss: Loss = contrastive_loss,
     callbacks: Sequence[L.Callback] = (),
+    accelerator: str = "cpu",
 ) -> tuple[ClipModule, Path]:
-    """Train up to a step, on the processor; returns the module and its checkpoint, as Lightning writes it."""
+    """Train up to a step; returns the module and its checkpoint, as Lightning writes it."""
     clock = Clock(BATCH_SIZE, epoch_samples=BATCH_SIZE, total_samples=steps * BATCH_SIZE)
     module = ClipModule(create_dual_encoder(**TINY), loss, optim, clock, seed=0)
     # Asked for by name, Lightning takes bf16 on a processor.
@@ -43,7 +44,7 @@ def train(
         {"plugins": [MixedPrecision("16-mixed", "cpu")]} if precision == "16-mixed" else {"precision": precision}
     )
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator=accelerator,
         devices=1,
         max_epochs=-1,
         logger=False,
