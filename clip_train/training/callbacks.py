@@ -118,7 +118,7 @@ def make_callbacks(plan: RunPlan, rank_log: RankLog, console: Console) -> RunCal
     progress = ProgressDisplay(metrics, console)
     # The average takes memory, so that it comes before the search; that comes before anything is timed.
     in_order = [watchdog, start, *probe, *([average] if average else []), *search, guard, bad_samples, staging]
-    in_order += [agreement, metrics, *sample_log, checkpointing, progress, validation, trial, *_profile(plan)]
+    in_order += [agreement, metrics, *sample_log, checkpointing, progress, validation, trial, *_profile(plan, metrics)]
     return RunCallbacks(guard, metrics, checkpointing, trial, agreement, validation, in_order)
 
 
@@ -239,9 +239,9 @@ def _probe_start(plan: RunPlan) -> list[L.Callback]:
     return [ProbeStart(plan.data, folder, cfg.eval.batch_size, fresh=plan.checkpoint is None)]
 
 
-def _profile(plan: RunPlan) -> list[StepProfile]:
+def _profile(plan: RunPlan, metrics: TrainMetrics) -> list[StepProfile]:
     steps = plan.cfg.trainer.profile
-    return [StepProfile(steps, plan.folder.path / "profile")] if steps else []
+    return [StepProfile(steps, plan.folder.path / "profile", metrics.paused)] if steps else []
 
 
 def _micro_batch_search(plan: RunPlan) -> MicroBatchSearch:

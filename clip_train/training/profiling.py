@@ -1,7 +1,8 @@
 """trainer.profile=N: where the time of N steps goes, as a trace for Perfetto and as a table."""
 
 import logging
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,10 +27,13 @@ class StepProfile(Callback):
     Args:
         steps: how many.
         folder: where both files go.
+        paused: stops the run's clocks while they are written.
     """
 
-    def __init__(self, steps: int, folder: Path) -> None:
-        self.steps, self.folder = steps, folder
+    def __init__(
+        self, steps: int, folder: Path, paused: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> None:
+        self.steps, self.folder, self.paused = steps, folder, paused
         self._seen = 0
         self._open = ExitStack()
         self._profile: profile | None = None
@@ -41,8 +45,9 @@ class StepProfile(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._seen += 1
-        if self._seen >= _WARM_UP + self.steps:
-            self._write()
+        if self._profile and self._seen >= _WARM_UP + self.steps:
+            with self.paused():
+                self._write()
 
     def on_train_end(self, trainer, pl_module) -> None:
         self._write()

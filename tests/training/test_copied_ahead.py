@@ -13,7 +13,7 @@ class Device:
         self.log: list[str] = []
         self.main = self.current = Stream(self, "main")
 
-    def Stream(self) -> "Stream":  # noqa: N802 (torch's name)
+    def Stream(self) -> "Stream":
         return Stream(self, "copies")
 
     def current_stream(self, device: torch.device) -> "Stream":

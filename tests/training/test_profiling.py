@@ -2,13 +2,22 @@
 
 import gzip
 import json
+from contextlib import contextmanager
 
 from clip_train.training.profiling import StepProfile
 from tests.training.test_module import train
 
 
 def test_a_trace_and_a_table_of_some_steps(tmp_path):
-    train("32", 6, tmp_path, callbacks=[StepProfile(2, tmp_path / "profile")])
+    written_at = []
+
+    @contextmanager
+    def paused():
+        yield
+        written_at.append((tmp_path / "profile" / "table.txt").exists())
+
+    train("32", 6, tmp_path, callbacks=[StepProfile(2, tmp_path / "profile", paused)])
+    assert written_at == [True]
     with gzip.open(tmp_path / "profile" / "trace.json.gz") as file:
         events = json.load(file)["traceEvents"]
     names = [event.get("name", "") for event in events]
