@@ -127,7 +127,7 @@ def test_in_bf16_too_with_texts_in_groups(mode, monkeypatch):
     monkeypatch.setattr("clip_train.models.text_lengths.CALL_COST", 1)
     pixels, ids = batch(torch.float32)
     ids[:3, 4] = 499
-    found = []
+    found, products = [], []
     for each in (NONE, mode):
         model = build("vit", each, torch.float32)
         model.text.length_multiple = 4  # pyright: ignore[reportArgumentType]
@@ -137,9 +137,13 @@ def test_in_bf16_too_with_texts_in_groups(mode, monkeypatch):
             with torch.autocast("cpu", torch.bfloat16):
                 outputs = model(pixels, ids)
             assert torch.is_autocast_cache_enabled()
-            torch.stack([(x * torch.linspace(-1, 1, 64)).sum() for x in outputs]).sum().backward()
+            loss = torch.stack([(x * torch.linspace(-1, 1, 64)).sum() for x in outputs]).sum()
+            with Products() as made:
+                loss.backward()
         assert len(calls) == 2
+        products.append(made.counts)
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert (products[1] == products[0]) == (mode == SELECTIVE)
     total = torch.stack([gradient.norm() for gradient in found[0].values()]).norm()
     for name, gradient in found[0].items():  # groups' gradients were added up in bf16, and are in fp32
         assert (found[1][name] - gradient).norm() <= 5e-3 * gradient.norm() + 1e-6 * total, name
