@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clip_train.errors import ConfigError
 from clip_train.models.projection import make_projection
-from clip_train.models.vision_tower import checkpoint_trunk, create_trunk, init_vision_transformer
+from clip_train.models.vision_tower import create_trunk, init_vision_transformer
 
 
 class AttentionalPooler(nn.Module):
@@ -83,7 +83,3 @@ class PooledVisionTower(nn.Module):
     ) -> tuple[Float[Tensor, "b embed"], Float[Tensor, "b tokens embed"]]:
         pooled = self.norm(self.pooler(self.trunk(pixels)))
         return self.projection(pooled[:, 0]), pooled[:, 1:]
-
-    def enable_grad_checkpointing(self) -> None:
-        """Recompute each block's activations in backward instead of keeping them."""
-        checkpoint_trunk(self.trunk)

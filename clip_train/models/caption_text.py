@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from clip_train.data.tokenizer import VOCAB_SIZE
 from clip_train.models.projection import make_projection
-from clip_train.models.text_tower import checkpoint_blocks, create_clip_text, init_text_transformer
+from clip_train.models.text_tower import create_clip_text, init_text_transformer
 
 
 class CaptionTextTower(nn.Module):
@@ -70,10 +70,6 @@ class CaptionTextTower(nn.Module):
             is_causal=False,  # the mask is
         ).last_hidden_state
         return self.projection(self.trunk.final_layer_norm(states[:, -1])), states[:, :-1]
-
-    def enable_grad_checkpointing(self) -> None:
-        """Recompute each block's activations in backward instead of keeping them."""
-        checkpoint_blocks(self.trunk)
 
 
 def _mask(kept: Bool[Tensor, "b length"]) -> Bool[Tensor, "b 1 queries keys"]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from clip_train.data.tokenizer import VOCAB_SIZE
 from clip_train.errors import ConfigError
@@ -36,6 +36,10 @@ class Captioner(DualEncoder):
         super().__init__(vision, text, *settings)  # pyright: ignore[reportArgumentType]
         self.decoder = decoder
 
+    @property
+    def towers(self) -> tuple[nn.Module, ...]:
+        return *super().towers, self.decoder
+
     def encode_image(self, pixels: Pixels) -> Float[Tensor, "b embed"]:
         return self.unit_image(self.vision(self.normalised(pixels))[0])
 
@@ -51,10 +55,6 @@ class Captioner(DualEncoder):
     ) -> Float[Tensor, "b kept vocab"]:
         """Of the token that comes after each of a beginning of a caption, or after the `last` ones if that is not 0."""
         return self.decoder.logits(image_tokens, self.text(ids)[1], last)
-
-    def enable_grad_checkpointing(self) -> None:
-        super().enable_grad_checkpointing()
-        self.decoder.enable_grad_checkpointing()
 
     def forward(
         self, pixels: Pixels, ids: Int64[Tensor, "b context"]

@@ -107,7 +107,6 @@ class CaptionDecoder(nn.Module):
         self.cross_blocks = nn.ModuleList(block(cross=True) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocab_size, bias=False)
-        self._grad_checkpointing = False
         _init_decoder(self)
 
     def forward(
@@ -142,22 +141,13 @@ class CaptionDecoder(nn.Module):
         """Of the token that comes after each, or after each of the `last` ones if that is not 0."""
         return self.head(self._last_states(image_tokens, states)[:, -last:])
 
-    def enable_grad_checkpointing(self) -> None:
-        """Recompute each block's activations in backward instead of keeping them."""
-        self._grad_checkpointing = True
-
     def _last_states(self, image_tokens: Tensor, states: Tensor) -> Tensor:
-        run = partial(checkpoint, use_reentrant=False) if self._grad_checkpointing and self.training else _call
         for self_block, cross_block in zip(self.self_blocks, self.cross_blocks, strict=True):
-            states = run(cross_block, run(self_block, states), image_tokens)
+            states = cross_block(self_block(states), image_tokens)
         return self.norm(states)
 
     def _token_losses(self, states: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.head(states).float(), labels, reduction="none")
-
-
-def _call(block: nn.Module, *inputs: Tensor) -> Tensor:
-    return block(*inputs)
 
 
 def _init_decoder(decoder: CaptionDecoder) -> None:

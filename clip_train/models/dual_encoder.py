@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from clip_train.data.tokenizer import VOCAB_SIZE
 from clip_train.errors import ConfigError
+from clip_train.models.checkpointing import NONE, checkpoint_blocks, checkpointing_mode
 from clip_train.models.hf_text import HFTextTower
 from clip_train.models.siglip_text import SiglipTextTower
 from clip_train.models.text_config import CLIP, SIGLIP, TextConfig
@@ -102,14 +103,10 @@ class DualEncoder(nn.Module):
         """Embeddings of images and texts."""
         return self.encode_image(pixels), self.encode_text(ids)
 
-    def enable_grad_checkpointing(self) -> None:
-        """Recompute each block's activations in backward instead of keeping them.
-
-        Raises:
-            ConfigError: a tower cannot.
-        """
-        self.vision.enable_grad_checkpointing()
-        self.text.enable_grad_checkpointing()
+    @property
+    def towers(self) -> tuple[nn.Module, ...]:
+        """What is made of blocks."""
+        return self.vision, self.text
 
     def logit_parameters(self) -> dict[str, Float[Tensor, ""]]:
         """What the losses take besides features: the inverse temperature, and the bias if there is one."""
@@ -150,7 +147,7 @@ def create_dual_encoder(
     vision: Mapping,
     text: Mapping,
     quick_gelu: bool = False,
-    grad_checkpointing: bool = False,
+    grad_checkpointing: bool | str = NONE,
     resize_mode: str = "shortest",
     interpolation: str = "bicubic",
     image_mean: Sequence[float] = OPENAI_MEAN,
@@ -167,7 +164,7 @@ def create_dual_encoder(
         vision: `name` of a timm model, and what else `VisionTower` takes.
         text: entries of `TextConfig`.
         quick_gelu: activation of the image tower and of CLIP's text tower; OpenAI's weights need it.
-        grad_checkpointing: recompute the blocks in backward.
+        grad_checkpointing: what the blocks compute again in backward, one of `checkpointing.MODES`; true or false.
         resize_mode, interpolation: of the preparation of pictures, which is not done here.
         image_mean, image_std: normalisation of the pixels, for values in [0, 1].
         init_logit_scale: where the log of the inverse temperature starts.
@@ -179,6 +176,7 @@ def create_dual_encoder(
     """
     if unknown := sorted(set(vision) - set(_VISION_KEYS)):
         raise ConfigError(f"model.vision.{unknown[0]}: no such key; there are {', '.join(_VISION_KEYS)}")
+    mode = checkpointing_mode(grad_checkpointing)
     settings = (image_mean, image_std, init_logit_scale, init_logit_bias)
     if decoder is None:
         model = DualEncoder(
@@ -191,8 +189,9 @@ def create_dual_encoder(
 
         towers = {"vision": vision, "text": TextConfig.of(text), "decoder": decoder}
         model = create_captioner(embed_dim, image_size, quick_gelu, **towers, settings=settings)
-    if grad_checkpointing:
-        model.enable_grad_checkpointing()
+    if mode != NONE:
+        for tower in model.towers:
+            checkpoint_blocks(tower, mode)
     return model
 
 

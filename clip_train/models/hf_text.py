@@ -14,7 +14,6 @@ from clip_train.errors import ConfigError, first_line
 from clip_train.hub import heed_network
 from clip_train.models.projection import make_projection
 from clip_train.models.text_lengths import TokenIds, encode_by_length
-from clip_train.models.text_tower import checkpoint_blocks
 
 POOLS = ("cls", "mean", "last")
 # Encoders that make nothing of their padding. Others mix it in: by a Fourier transform, a convolution, landmarks.
@@ -94,10 +93,6 @@ class HFTextTower(nn.Module):
         states = self.trunk(input_ids=ids, attention_mask=kept.long()).last_hidden_state
         return self.projection(pool_states(states, kept, self.pool))
 
-    def enable_grad_checkpointing(self) -> None:
-        """Recompute each block's activations in backward instead of keeping them."""
-        checkpoint_blocks(self.trunk)
-
 
 def pool_states(
     states: Float[Tensor, "b context width"], kept: Bool[Tensor, "b context"], pool: str
@@ -140,6 +135,7 @@ def _make_encoder(name: str, config: PretrainedConfig, pretrained: bool) -> PreT
         model = model.get_encoder()
     if getattr(model, "pooler", None) is not None:
         model.pooler = None
+    model.config.use_cache = False  # of keys and values: no text is continued, and none is computed twice
     return model
 
 

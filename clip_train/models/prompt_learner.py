@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from clip_train.data.class_names import ClassNames
 from clip_train.data.tokenizer_choice import CaptionTokenizer
 from clip_train.errors import ConfigError
+from clip_train.models.checkpointing import is_checkpointed
 from clip_train.models.dual_encoder import DualEncoder
 from clip_train.models.linear_probe import losses_and_hits
 from clip_train.models.text_tower import TextTower
@@ -112,7 +113,7 @@ class PromptLearner(DualEncoder):
         return scale * (images[:, None] * texts).sum(2)
 
     def _encode_prompts(self, ids: Int64[Tensor, "prompts length"], context: Tensor) -> Float[Tensor, "prompts embed"]:
-        if not (self.text.grad_checkpointing and torch.is_grad_enabled()):
+        if not (is_checkpointed(self.text) and torch.is_grad_enabled()):
             return self._encode(ids, context)
         # The blocks' own checkpointing is for towers in training mode, which one that is frozen is never in.
         parts = ids.split(_RECOMPUTED_AT_ONCE)

@@ -4,8 +4,6 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import SiglipTextConfig, SiglipTextModel
 
-from clip_train.models.text_tower import checkpoint_blocks
-
 
 class SiglipTextTower(nn.Module):
     """Token ids, padded to the full length, to unnormalised embeddings.
@@ -55,7 +53,3 @@ class SiglipTextTower(nn.Module):
 
     def forward(self, ids: Int64[Tensor, "b context"]) -> Float[Tensor, "b embed"]:
         return self.trunk(input_ids=ids).pooler_output
-
-    def enable_grad_checkpointing(self) -> None:
-        """Recompute each block's activations in backward instead of keeping them."""
-        checkpoint_blocks(self.trunk)

@@ -3,10 +3,10 @@
 import numpy as np
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedModel
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from clip_train.data.tokenizer import VOCAB_SIZE
-from clip_train.errors import ConfigError, first_line
+from clip_train.errors import ConfigError
 from clip_train.models.fast_layers import use_fast_layers
 from clip_train.models.projection import make_projection
 from clip_train.models.text_lengths import TokenIds, encode_by_length
@@ -54,7 +54,6 @@ class TextTower(nn.Module):
         super().__init__()
         self.length_multiple, self.one_group = length_multiple, False
         self.vocab_size, self.end_id = vocab_size, vocab_size - 1
-        self.grad_checkpointing = False
         self.trunk = create_clip_text(
             width, layers, heads, context_length, vocab_size, mlp_ratio, quick_gelu, embed_dim
         )
@@ -79,11 +78,6 @@ class TextTower(nn.Module):
 
     def _encode(self, ids: Int64[Tensor, "some length"]) -> Float[Tensor, "some embed"]:
         return self.projection(self.trunk(input_ids=ids).pooler_output)
-
-    def enable_grad_checkpointing(self) -> None:
-        """Recompute each block's activations in backward instead of keeping them."""
-        checkpoint_blocks(self.trunk)
-        self.grad_checkpointing = True
 
 
 def create_clip_text(
@@ -121,21 +115,6 @@ def create_clip_text(
     )
     use_fast_layers(trunk)
     return trunk
-
-
-def checkpoint_blocks(trunk: PreTrainedModel) -> None:
-    """Recompute the activations of each block of a transformer in backward.
-
-    Raises:
-        ConfigError: transformers' model cannot.
-    """
-    # The method's older name goes away in transformers 6, the newer came with 5.23.
-    enable = getattr(trunk, "activation_checkpointing_enable", None) or trunk.gradient_checkpointing_enable
-    try:
-        enable({"use_reentrant": False})
-    except ValueError as error:
-        raise ConfigError(f"model.grad_checkpointing: {first_line(error)}; give false") from error
-    trunk.disable_input_require_grads()  # for the reentrant kind only; frozen blocks would keep activations
 
 
 def init_text_transformer(trunk: CLIPTextModel) -> None:

@@ -60,14 +60,6 @@ class VisionTower(nn.Module):
     def forward(self, pixels: Float[Tensor, "b 3 height width"]) -> Float[Tensor, "b embed"]:
         return self.projection(self.trunk(pixels))
 
-    def enable_grad_checkpointing(self) -> None:
-        """Recompute each block's activations in backward instead of keeping them.
-
-        Raises:
-            ConfigError: timm's model cannot.
-        """
-        checkpoint_trunk(self.trunk)
-
 
 def create_trunk(
     name: str,
@@ -80,19 +72,6 @@ def create_trunk(
     """A model of timm that returns features; the arguments are those of `VisionTower`, and so are the errors."""
     options = {"num_classes": 0, **_activation(quick_gelu), **options, **_patch_dropout(patch_dropout)}
     return use_fast_layers(_create_model(name, image_size, pretrained, options))
-
-
-def checkpoint_trunk(trunk: nn.Module) -> None:
-    """Recompute the activations of each block in backward.
-
-    Raises:
-        ConfigError: timm's model cannot.
-    """
-    try:
-        trunk.set_grad_checkpointing()  # pyright: ignore[reportCallIssue]
-    except (AssertionError, AttributeError) as error:
-        name = type(trunk).__name__
-        raise ConfigError(f"model.grad_checkpointing: timm's {name} cannot; give false") from error
 
 
 def _activation(quick_gelu: bool) -> dict[str, str]:

@@ -40,7 +40,7 @@ def plan_memory(
 
     Args:
         states: of the whole model.
-        activations: with or without checkpointing.
+        activations: with the checkpointing that there is.
         units: that FSDP cuts.
         image_size, context: of the inputs.
     """

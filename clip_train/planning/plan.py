@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from clip_train.errors import ConfigError
+from clip_train.models.checkpointing import MODES, NONE, checkpointing_mode
 from clip_train.planning.activations import Activations, measure_activations
 from clip_train.planning.hardware import Hardware, find_hardware
 from clip_train.planning.job import DDP, FSDP, Job
@@ -31,13 +32,14 @@ class Variant:
     """A way to run the job.
 
     Attributes:
+        checkpointing: one of `models.checkpointing.MODES`.
         fits: whether its fullest moment has room in a device.
         days, gpu_hours: of the whole run.
         cost: None without a price.
     """
 
     job: Job
-    checkpointing: bool
+    checkpointing: str
     memory: MemoryPlan
     fits: bool
     traffic: Traffic
@@ -54,7 +56,7 @@ class Plan:
 
     Attributes:
         flops: of a pair with a text of the whole context; `typical_flops` with `typical_tokens`, as time is reckoned.
-        activations: of the towers' parts, in bytes, without (False) and with (True) checkpointing; None if it cannot.
+        activations: of the towers' parts, in bytes, by kind of checkpointing; None for one that cannot be.
         chosen: the job as configured.
         largest: pairs at once that fit, as configured otherwise; None if not one does.
         alternatives, scaling: variants; of the latter, None where nothing fits.
@@ -75,7 +77,7 @@ class Plan:
     typical_flops: Flops
     typical_tokens: int
     context_length: int
-    activations: dict[bool, dict[str, float] | None]
+    activations: dict[str, dict[str, float] | None]
     chosen: Variant
     largest: int | None
     alternatives: list[Variant]
@@ -100,7 +102,7 @@ class Planner:
         self.precision, self.optim = str(cfg.trainer.precision), plain(cfg.optim)
         self._config = plain(cfg.model)
         self._finetune = None if cfg.get("finetune") is None else plain(cfg.finetune)
-        self.model = self.planned(False)
+        self.model = self.planned(NONE)
         self.states: States = count_states(self.model.model, self.optim, cfg.ema.decay is not None)
         self.units, self._beside = sharded_units(self.model.model), beside_towers(self.model.model)
         parts = {name: part.parameters() for name, part in self.model.parts.items()}
@@ -110,18 +112,18 @@ class Planner:
             refuse_batch_norm(self.model.model)
 
     @cache  # noqa: B019 -- lives as long as the program
-    def planned(self, checkpointing: bool) -> PlannedModel:
+    def planned(self, checkpointing: str) -> PlannedModel:
         """The model; raises ConfigError if it cannot be checkpointed."""
         config = {**self._config, "grad_checkpointing": checkpointing}
         return PlannedModel(config, self._finetune, self.precision)
 
     @cache  # noqa: B019
-    def activations(self, checkpointing: bool) -> Activations:
+    def activations(self, checkpointing: str) -> Activations:
         """Measured where the config is, or near."""
         return measure_activations(self.planned(checkpointing), max(self.job.at_once, _LEAST_MEASURED))
 
     @cache  # noqa: B019
-    def flops(self, checkpointing: bool, tokens: int) -> Flops:
+    def flops(self, checkpointing: str, tokens: int) -> Flops:
         return self.planned(checkpointing).count_flops(tokens)
 
     def tokens(self, job: Job) -> int:
@@ -134,11 +136,11 @@ class Planner:
         """Bytes of a device that a step may take."""
         return self.hardware.memory * self.options.usable_memory
 
-    def memory(self, job: Job, checkpointing: bool) -> MemoryPlan:
+    def memory(self, job: Job, checkpointing: str) -> MemoryPlan:
         inputs = self.model.image_size, self.model.context_length
         return plan_memory(job, self.states, self.activations(checkpointing), self.units, *inputs)
 
-    def largest(self, job: Job, checkpointing: bool) -> int | None:
+    def largest(self, job: Job, checkpointing: str) -> int | None:
         """Pairs at once that fit. A model with batch norm takes all of the local batch or none."""
 
         def peak(pairs: int) -> float:
@@ -148,7 +150,7 @@ class Planner:
             return job.local_batch if peak(job.local_batch) <= self.room else None
         return largest_micro_batch(job, self.room, peak)
 
-    def variant(self, job: Job, checkpointing: bool) -> Variant:
+    def variant(self, job: Job, checkpointing: str) -> Variant:
         memory = self.memory(job, checkpointing)
         traffic = plan_traffic(job, self.states.gradients, self.units, self._beside)
         flops = self.flops(checkpointing, self.tokens(job))
@@ -170,7 +172,7 @@ class Planner:
             cost=None if price is None else price * gpu_hours,
         )
 
-    def largest_variant(self, job: Job, checkpointing: bool) -> Variant | None:
+    def largest_variant(self, job: Job, checkpointing: str) -> Variant | None:
         """With the largest micro-batch that fits; None if none does."""
         pairs = self.largest(job, checkpointing)
         return None if pairs is None else self.variant(_in_parts(job, pairs), checkpointing)
@@ -183,8 +185,8 @@ class Planner:
             return None
         return replace(self.job, devices=devices, num_nodes=gpus // devices)
 
-    def alternatives(self, ways: list[bool]) -> list[Variant]:
-        """Half, as many and twice the devices; with and without checkpointing; DDP and FSDP."""
+    def alternatives(self, ways: list[str]) -> list[Variant]:
+        """Half, as many and twice the devices; each kind of checkpointing; DDP and FSDP."""
         gpus = self.job.world_size
         jobs = [self.on(count) for count in dict.fromkeys((max(gpus // 2, 1), gpus, 2 * gpus))]
         kind = OPTIMIZERS[self.optim.get("name", "adamw")]
@@ -199,7 +201,7 @@ class Planner:
         ]
         return [variant for variant in variants if variant is not None]
 
-    def scaling(self, checkpointing: bool) -> dict[int, Variant | None]:
+    def scaling(self, checkpointing: str) -> dict[int, Variant | None]:
         """The same batch on 1, 2, 4, ... devices, each with the largest micro-batch that fits."""
         jobs = {2**power: self.on(2**power) for power in range(_MOST_GPUS.bit_length())}
         return {gpus: self.largest_variant(job, checkpointing) for gpus, job in jobs.items() if job is not None}
@@ -211,8 +213,8 @@ def make_plan(cfg: DictConfig) -> Plan:
     Raises:
         ConfigError: what `clip-train` would refuse, or something that cannot be planned.
     """
-    planner, checkpointing = Planner(cfg), bool(cfg.model.get("grad_checkpointing"))
-    ways = [way for way in (False, True) if _can(planner, way, wanted=checkpointing)]
+    planner, checkpointing = Planner(cfg), checkpointing_mode(cfg.model.get("grad_checkpointing", NONE))
+    ways = [way for way in MODES if _can(planner, way, wanted=checkpointing)]
     job, tokens = planner.job, planner.tokens(planner.job)
     largest = planner.largest(job, checkpointing)
     if cfg.micro_batch_size == "auto" and largest is not None:
@@ -220,7 +222,7 @@ def make_plan(cfg: DictConfig) -> Plan:
     chosen = planner.variant(job, checkpointing)
     rate = chosen.pairs_per_second / job.world_size
     workers = _AUTO_WORKERS if cfg.data.num_workers == "auto" else int(cfg.data.num_workers)
-    saved = {way: planner.activations(way).at(job.at_once).saved if way in ways else None for way in (False, True)}
+    saved = {way: planner.activations(way).at(job.at_once).saved if way in ways else None for way in MODES}
     return Plan(
         model_name=str(cfg.model_name),
         hardware=planner.hardware,
@@ -283,14 +285,14 @@ def _may_split(planned: PlannedModel) -> bool:
     return True
 
 
-def _can(planner: Planner, checkpointing: bool, wanted: bool) -> bool:
+def _can(planner: Planner, checkpointing: str, wanted: str) -> bool:
     """Whether the model can be trained so. Raises ConfigError if the config wants what it cannot."""
     try:
-        planner.planned(checkpointing)
+        planner.activations(checkpointing)
     except ConfigError:
-        if checkpointing and not wanted:
-            return False
-        raise
+        if checkpointing in (NONE, wanted):
+            raise
+        return False
     return True
 
 

@@ -59,8 +59,8 @@ def _memory(plan: Plan) -> Table:
         ("batch", _gib(memory.batch)),
     ]
     for name in dict.fromkeys(part for saved in plan.activations.values() for part in saved or ()):
-        plain, recomputed = (_DASH if s is None else _gib(s[name]) for s in plan.activations.values())
-        rows.append((f"activations, {name}: kept / recomputed", f"{plain} / {recomputed}"))
+        each = [_DASH if saved is None else _gib(saved[name]) for saved in plan.activations.values()]
+        rows.append((f"activations, {name}: {' / '.join(plan.activations)}", " / ".join(each)))
     rows += [
         ("in passing, in backward", _gib(memory.passing)),
         (f"loss, {job.loss} by {job.exchange}", _gib(memory.loss)),
@@ -69,8 +69,8 @@ def _memory(plan: Plan) -> Table:
         ("", "fits" if plan.chosen.fits else "DOES NOT FIT"),
         ("largest micro-batch that fits", _DASH if plan.largest is None else f"{plan.largest:,}"),
     ]
-    way = "recomputed" if plan.chosen.checkpointing else "kept"
-    return _table(f"Memory of a GPU, {job.at_once:,} of {job.local_batch:,} pairs at once, {way}", ("", "GiB"), rows)
+    at_once = f"{job.at_once:,} of {job.local_batch:,} pairs at once"
+    return _table(f"Memory of a GPU, {at_once}, checkpointing {plan.chosen.checkpointing}", ("", "GiB"), rows)
 
 
 def _step(plan: Plan) -> Table:
@@ -95,12 +95,13 @@ def _step(plan: Plan) -> Table:
 
 
 def _alternatives(plan: Plan) -> Table:
-    header = ("GPUs", "strategy", "activations", "micro-batch", "GiB", "s/step", "pairs/s", "days", "GPU-hours", "cost")
+    header = ("GPUs", "strategy", "checkpointing", "micro-batch")
+    header += ("GiB", "s/step", "pairs/s", "days", "GPU-hours", "cost")
     rows = [
         (
             str(variant.job.world_size),
             variant.job.strategy,
-            "recomputed" if variant.checkpointing else "kept",
+            variant.checkpointing,
             f"{variant.job.at_once:,} of {variant.job.local_batch:,}",
             *_figures(variant),
             _cost(variant),

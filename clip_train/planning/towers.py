@@ -68,7 +68,6 @@ class PlannedModel:
             )
         config = {**config, **{tower: _without_weights(config[tower]) for tower in ("vision", "text")}}
         self.image_size, self.context_length = int(config["image_size"]), int(config["text"]["context_length"])
-        self.checkpointed = bool(config.get("grad_checkpointing"))
         self._mode, self._precision = FakeTensorMode(), precision
         with torch.device("meta"):
             model = create_dual_encoder(**config)
@@ -112,12 +111,6 @@ class PlannedModel:
         if multiple is None or not hasattr(self.model.text, "measure"):
             return self.context_length
         return min(-(-caption_tokens // multiple) * multiple, self.context_length)
-
-    def enable_grad_checkpointing(self) -> None:
-        """From now on blocks are recomputed. Raises ConfigError if a tower cannot."""
-        if not self.checkpointed:
-            self.model.enable_grad_checkpointing()
-            self.checkpointed = True
 
     def backward(self, outputs: tuple[Tensor, ...]) -> None:
         """Through everything that learns."""

@@ -25,7 +25,7 @@ def explained_out_of_memory(micro_batch_size: int | None, local_batch: int) -> I
         tried = "null" if micro_batch_size is None else micro_batch_size
         remedy = f"try micro_batch_size={at_once // 2}, or auto" if at_once > 1 else "take a smaller model"
         if micro_batch_size is not None:
-            remedy += "; model.grad_checkpointing=true saves more"
+            remedy += "; model.grad_checkpointing=blocks saves more"
         raise OutOfMemoryError(
             f"out of memory with micro_batch_size={tried} ({at_once} pairs at once on a device): {remedy}"
         ) from error

@@ -26,7 +26,7 @@ WAYS = {
     "1-cached": (1, "micro_batch_size=7 model.grad_checkpointing=true"),
     "2-cached": (2, "micro_batch_size=5 loss.exchange=ring"),
     "2-sharded": (2, FSDP),
-    "2-sharded-cached": (2, f"{FSDP} micro_batch_size=4 model.grad_checkpointing=true"),
+    "2-sharded-cached": (2, f"{FSDP} micro_batch_size=4 model.grad_checkpointing=selective"),
 }
 
 

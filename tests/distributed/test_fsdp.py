@@ -30,7 +30,7 @@ def runs(tmp_path_factory) -> Path:
         3,
         folder,
         f"sharded {FSDP}",
-        f"cached {FSDP} micro_batch_size=4 loss.exchange=ring",
+        f"cached {FSDP} micro_batch_size=4 loss.exchange=ring model.grad_checkpointing=selective",
         f"resumed {FSDP} resume={folder}/sharded/{half}",
         f"one_then_sharded {FSDP} resume={folder}/one/{half}",
     )

@@ -8,6 +8,7 @@ from open_clip.hf_model import HFTextEncoder
 from transformers import AutoModel, BertConfig, BertModel, RobertaConfig, T5Config
 
 from clip_train.errors import ConfigError
+from clip_train.models.checkpointing import MODES, NONE, checkpoint_blocks
 from clip_train.models.hf_text import HFTextTower, pool_states
 
 SMALL: dict[str, Any] = {
@@ -87,15 +88,15 @@ def test_every_weight_gets_a_gradient(name, options):
 
 def test_checkpointing_changes_no_gradient():
     gradients = []
-    for checkpointing in (False, True):
+    for mode in MODES:
         model = tower(
             "bert", options={**SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
         ).train()
-        if checkpointing:
-            model.enable_grad_checkpointing()
+        if mode != NONE:
+            checkpoint_blocks(model, mode)
         model(texts(0)).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import torch
 
 from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder
+from clip_train.models.checkpointing import NONE
 from clip_train.training.cached_gradients import cached_backward
 from scripts.bench.measure import PeakMemory
 from tests.cli.warm_start import context
@@ -36,7 +37,7 @@ WORDY = {**VIT, "text": {**TEXT, "vocab_size": 100_000}}
 CONVNET = {**VIT, "vision": {"name": "convnext_atto"}, "image_size": 96}
 
 
-def peak_of_step(config: dict, pairs: int, checkpointing: bool = False, at_once: int | None = None) -> int:
+def peak_of_step(config: dict, pairs: int, checkpointing: str = NONE, at_once: int | None = None) -> int:
     """Bytes that a forward, loss and backward in a fresh process take above the model, in micro-batches if so said."""
     here, there = context.Pipe()
     process = context.Process(target=_step, args=(config, pairs, checkpointing, at_once, there))
@@ -47,7 +48,7 @@ def peak_of_step(config: dict, pairs: int, checkpointing: bool = False, at_once:
         process.join()
 
 
-def _step(config: dict, pairs: int, checkpointing: bool, at_once: int | None, answer) -> None:
+def _step(config: dict, pairs: int, checkpointing: str, at_once: int | None, answer) -> None:
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back: else pages between stay resident
     model = create_dual_encoder(**config, grad_checkpointing=checkpointing)

@@ -9,6 +9,7 @@ import yaml
 
 from clip_train.commands.program import config_dir
 from clip_train.models import create_dual_encoder
+from clip_train.models.checkpointing import MODES
 from clip_train.planning.activations import measure_activations, measure_footprint
 from clip_train.planning.job import Job
 from clip_train.planning.memory import largest_micro_batch, loss_bytes, plan_memory
@@ -50,11 +51,9 @@ def test_a_locked_tower_has_weights_and_no_more():
 @pytest.mark.parametrize(
     ("config", "pairs"), [(steps.VIT, 96), (steps.SIGLIP, 96), (steps.CONVNET, 96)], ids=["vit", "siglip", "convnext"]
 )
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", MODES)
 def test_the_peak_of_a_step_is_that_of_a_real_one(config, pairs, checkpointing):
-    planned = PlannedModel(config)
-    if checkpointing:
-        planned.enable_grad_checkpointing()
+    planned = PlannedModel({**config, "grad_checkpointing": checkpointing})
     footprint = measure_footprint(planned, pairs)
     measured = steps.peak_of_step(config, pairs, checkpointing)
     assert footprint.peak_with_gradients == pytest.approx(measured, rel=0.05)

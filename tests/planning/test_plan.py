@@ -42,6 +42,9 @@ def test_the_figures_agree_with_each_other(tmp_path):
     assert chosen["traffic"]["gradients"] == 2 * 7 / 8 * parameters
     assert (found["typical_tokens"], found["context_length"]) == (16, 16)
     assert {way["job"]["strategy"] for way in found["alternatives"]} == {"ddp", "fsdp"}
+    assert {way["checkpointing"] for way in found["alternatives"]} == {"none", "blocks", "selective"}
+    vision = {mode: saved["vision"] for mode, saved in found["activations"].items()}
+    assert vision["blocks"] < vision["selective"] < vision["none"]
     assert {way["job"]["devices"] * way["job"]["num_nodes"] for way in found["alternatives"]} == {4, 8, 16}
     assert [int(gpus) for gpus in found["scaling"]] == [2**power for power in range(11)]
     same = found["scaling"]["8"]
@@ -72,7 +75,7 @@ def test_a_gpu_that_outruns_its_loader_is_named():
     "arguments",
     [
         ["loss=sigmoid", "loss.exchange=gather", "optim=lion", "ema.decay=0.999", "trainer.strategy=fsdp"],
-        ["optim=muon", "trainer.precision=bf16-true", "model.grad_checkpointing=true", "resume=auto"],
+        ["optim=muon", "trainer.precision=bf16-true", "model.grad_checkpointing=selective", "resume=auto"],
         ["finetune=lora", "init_from=any", "optim=lamb", "max_samples=12.8B", "max_steps=null"],
         ["experiment=demo", "max_epochs=2", "max_steps=null", "plan.epoch_samples=3k", "optim=sgd"],
     ],
@@ -90,6 +93,7 @@ def test_takes_what_clip_train_takes(arguments):
         (["max_steps=null"], "max_epochs=32 says no length without the number of training pairs"),
         (["max_steps=null", "max_epochs=null"], "give exactly one of max_samples, max_steps, max_epochs"),
         (["max_samples=10k"], "max_samples and max_steps are both given"),
+        (["model.grad_checkpointing=all"], "model.grad_checkpointing=all is none of none, blocks, selective"),
         (["plan.hardware=h1000"], "plan.hardware=h1000 is unknown; did you mean h100?"),
         (["plan.efficiency=40"], "plan.efficiency=40 is a share"),
         (["plan.efficiency=half"], "plan.efficiency"),

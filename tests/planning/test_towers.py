@@ -47,14 +47,14 @@ def test_every_family_can_be_counted_in_bf16(name):
     assert all(flops.forward[part] > 0 for part in planned.parts)
 
 
-def test_recomputing_costs_another_forward_but_for_what_nothing_needs():
-    """A block's last product, a third of it, gives only what the next one has kept."""
-    planned = PlannedModel(load_config("vit_b_32"))
+@pytest.mark.parametrize(("mode", "forwards"), [("blocks", 2 / 3), ("selective", 0)])
+def test_computing_blocks_again_costs_a_forward_but_for_what_nothing_needs(mode, forwards):
+    """A block's last product, a third of it, gives only what the next one has kept; selective makes none again."""
     before = whole("vit_b_32")
-    planned.enable_grad_checkpointing()
-    after = planned.count_flops()
+    after = PlannedModel(load_config("vit_b_32") | {"grad_checkpointing": mode}).count_flops()
     assert after.forward == before.forward
-    assert after.training == pytest.approx(before.training + 2 / 3 * before.forward_total, rel=0.02)
+    recomputed = (after.training - before.training) / before.forward_total
+    assert recomputed == pytest.approx(forwards, abs=0.02 if forwards else 0.0)
 
 
 def test_a_short_text_takes_its_share_of_the_context():

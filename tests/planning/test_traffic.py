@@ -92,7 +92,7 @@ def test_ddp_sends_what_is_planned(pair, loss, exchange):
     assert pair.run(sent_bytes, config, job) == [planned_bytes(config, job)] * 2
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
 def test_fsdp_sends_what_is_planned(pair, micro_batch_size, checkpointing):
     job = Job(BATCH, 2, 1, micro_batch_size, "fsdp", "contrastive", "gather", 4, VIT_WIDTH)
