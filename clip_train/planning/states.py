@@ -1,6 +1,6 @@
 """What a rank holds from step to step: weights, gradients, the optimizer's state, an average of the weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,9 +44,20 @@ def count_states(model: nn.Module, optim: Mapping[str, Any], averaged: bool = Fa
 
 
 def optimizer_bytes(model: nn.Module, optim: Mapping[str, Any]) -> float:
-    """Of the state that the optimizer keeps for each parameter, in the parameter's own dtype; counters left out."""
+    """Of the optimizer's state, in each parameter's own dtype or as `optim.state` says; counters left out."""
     groups = parameter_groups(model, optim)
-    return float(sum(_bytes(parameter for _, parameter in group["params"]) * _copies(optim, group) for group in groups))
+    number = _STATE_BYTES.get(optim.get("state", "fp32"), Tensor.element_size)
+    return float(sum(_copies(optim, g) * sum(p.numel() * number(p) for _, p in g["params"]) for g in groups))
+
+
+def _bytes_in_8bit(parameter: Tensor) -> float:
+    """Of a number of a moment: a byte, and the scale of its block, unless the parameter is small or does not divide."""
+    quantized = parameter.numel() >= 4096 and parameter.numel() % _BLOCK == 0
+    return 1 + 4 / _BLOCK + 1024 / parameter.numel() if quantized else parameter.element_size()
+
+
+_BLOCK = 256
+_STATE_BYTES: Mapping[str, Callable[[Tensor], float]] = {"bf16": lambda _: 2, "8bit": _bytes_in_8bit}
 
 
 def _copies(optim: Mapping[str, Any], group: Mapping[str, Any]) -> int:
