@@ -72,6 +72,11 @@ def product_weights(model: nn.Module) -> set[nn.Parameter]:
     owners: dict[nn.Parameter, bool] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            rounds = type(module) in _PRODUCTS and "weight" in name  # a subclass may do something else with it
+            rounds = "weight" in name and _multiplies(module)
             owners[parameter] = owners.get(parameter, True) and rounds
     return {parameter for parameter, rounds in owners.items() if rounds}
+
+
+def _multiplies(module: nn.Module) -> bool:
+    # A subclass may do something else with its weight; torchao's of float8 (float8.py) rounds it further.
+    return type(module) in _PRODUCTS or type(module).__module__ == "torchao.float8.float8_linear"

@@ -167,6 +167,10 @@ def check_config(cfg: DictConfig, world: World) -> None:
         raise ConfigError(
             "optim.state=bf16 says nothing with trainer.precision=bf16-true, whose state is in bf16: leave it"
         )
+    if cfg.trainer.get("float8", False) not in (True, False):
+        raise ConfigError(f"trainer.float8={cfg.trainer.float8} is neither true nor false")
+    if cfg.trainer.get("float8") and not str(cfg.trainer.precision).startswith("bf16"):
+        raise ConfigError(f"trainer.float8=true goes with trainer.precision=bf16-mixed, not {cfg.trainer.precision}")
     _check_fsdp(cfg)
     if rest := cfg.batch_size % world.size:
         below, above = cfg.batch_size - rest, cfg.batch_size - rest + world.size
