@@ -44,7 +44,7 @@ def plan_memory(
         units: that FSDP cuts.
         image_size, context: of the inputs.
     """
-    share = 1 / job.world_size if job.sharded else 1.0
+    share = job.kept_share
     footprint = activations.at(job.at_once)
     gathered = _gathered(units) if job.sharded else 0.0
     batch = job.local_batch * (3 * image_size**2 + 8 * context)

@@ -181,7 +181,12 @@ def check_config(cfg: DictConfig, world: World) -> None:
 
 
 def _check_fsdp(cfg: DictConfig) -> None:
+    offload = OmegaConf.select(cfg, "trainer.fsdp.cpu_offload", default=False)
+    if offload not in (True, False):
+        raise ConfigError(f"trainer.fsdp.cpu_offload={offload} is neither true nor false")
     if cfg.trainer.strategy != "fsdp":
+        if offload:
+            raise ConfigError("trainer.fsdp.cpu_offload=true is for trainer.strategy=fsdp: take that, or leave it out")
         return
     if cfg.micro_batch_size == "auto":
         raise ConfigError("micro_batch_size=auto does not try with trainer.strategy=fsdp: give a number, or take ddp")

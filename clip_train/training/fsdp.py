@@ -9,7 +9,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from clip_train.checkpoints.restore import restore_optimizer
@@ -27,13 +27,22 @@ class ShardedStrategy(DDPStrategy):
 
     Checkpoints are restored as under DDP: weights before sharding, the optimizer's state after it, cut as the weights
     are.
+
+    Args:
+        offload: keep the shards, their gradients and the optimizer's state in host memory.
+        options: of DDPStrategy.
     """
 
     _exchanges = True
 
+    def __init__(self, offload: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self._offload = offload
+
     def configure_ddp(self) -> None:
         mesh = init_device_mesh(self.root_device.type, (group_size(),))
-        shard_towers(self._encoder, mesh, rounded=self.precision_plugin.precision == "bf16-mixed")
+        rounded = self.precision_plugin.precision == "bf16-mixed"
+        shard_towers(self._encoder, mesh, rounded, self._offload)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -62,7 +71,7 @@ class ShardedStrategy(DDPStrategy):
             restore_optimizer(optimizer, state)
 
 
-def shard_towers(model: DualEncoder, mesh: DeviceMesh, rounded: bool = False) -> None:
+def shard_towers(model: DualEncoder, mesh: DeviceMesh, rounded: bool = False, offload: bool = False) -> None:
     """Shard each block of both towers and of a decoder, and what is left of each; the logit scale and bias stay whole.
 
     A block's weights are gathered for its forward and again for its backward; a tower's own stay gathered in between.
@@ -71,15 +80,22 @@ def shard_towers(model: DualEncoder, mesh: DeviceMesh, rounded: bool = False) ->
     Args:
         rounded: the model runs under autocast to bf16. Matrices are rounded before they are gathered, with the same
             result; norms, embeddings and biases are gathered as they are, and gradients averaged in fp32.
+        offload: shards and their gradients lie in host memory, where the optimizer's step is taken; on a processor
+            they do already.
     """
-    policy = _policy(model) if rounded else MixedPrecisionPolicy()
+    pinned = mesh.device_type != "cpu"
+    how: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": _policy(model) if rounded else MixedPrecisionPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
+    }
     if isinstance(model.text, TextTower | HFTextTower):
         model.text.one_group = True
     for tower in (model.vision, model.text, *([model.decoder] if isinstance(model, Captioner) else [])):
         for block in repeated_blocks(tower):
-            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+            fully_shard(block, **how, reshard_after_forward=True)
         # After backward it is cut again; a frozen one has none.
-        fully_shard(tower, mesh=mesh, mp_policy=policy, reshard_after_forward=not _learns(tower))
+        fully_shard(tower, **how, reshard_after_forward=not _learns(tower))
 
 
 def _policy(model: nn.Module) -> MixedPrecisionPolicy:

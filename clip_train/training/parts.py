@@ -130,7 +130,8 @@ def _precision(cfg: DictConfig, world: World) -> str:
 def _strategy(cfg: DictConfig, world: World) -> DDPStrategy | str:
     timeout = group_timeout(*timeouts(cfg))
     if cfg.trainer.strategy == "fsdp":
-        return ShardedStrategy(timeout=timeout)
+        offload = bool(OmegaConf.select(cfg, "trainer.fsdp.cpu_offload"))
+        return ShardedStrategy(offload, timeout=timeout)
     if cfg.trainer.strategy == "auto" and world.size == 1:
         return "auto"
     # No buffers are broadcast: ours are constants, and ranks may run different numbers of evaluation batches.

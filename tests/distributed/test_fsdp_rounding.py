@@ -7,6 +7,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from clip_train.checkpoints.folder import list_checkpoints, verify
 from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder
 from clip_train.training.fsdp import shard_towers
@@ -60,12 +61,39 @@ def test_losses_and_gradients_are_the_same_to_the_bit_and_less_is_sent(pool, nam
 RUN = (
     "batch_size=16 max_steps=6 optim.warmup=0 optim.lr=1e-3 trainer.precision=bf16-mixed micro_batch_size=4"
     " data.val.shards=demo:emoji/val_concept/*.tar eval.batch_size=64 eval.every=6 eval.picture=false ema.decay=0.5"
+    " checkpoint.every=3 checkpoint.keep=2"
 )
 
 
-def test_a_run_in_bf16_has_the_losses_of_ddp(tmp_path: Path):
-    train_on(2, tmp_path, *(f"{strategy} {RUN} trainer.strategy={strategy}" for strategy in ("ddp", "fsdp")))
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Run folders of two ranks in bf16."""
+    folder = tmp_path_factory.mktemp("runs")
+    fsdp = f"{RUN} trainer.strategy=fsdp"
+    half = folder / "offloaded" / "checkpoints" / "samples_00000000000048.ckpt"
+    train_on(
+        2,
+        folder,
+        f"ddp {RUN} trainer.strategy=ddp",
+        f"fsdp {fsdp}",
+        f"offloaded {fsdp} trainer.fsdp.cpu_offload=true",
+        f"resumed {fsdp} trainer.fsdp.cpu_offload=true resume={half}",
+    )
+    return folder
+
+
+def test_a_run_in_bf16_has_the_losses_of_ddp(runs):
     for column in ("train/loss", "train/grad_norm", "val/val_concept/loss"):
-        ddp, fsdp = (metric(tmp_path / strategy, column) for strategy in ("ddp", "fsdp"))
+        ddp, fsdp = (metric(runs / strategy, column) for strategy in ("ddp", "fsdp"))
         assert len(ddp) == (1 if "val" in column else 6)
         assert fsdp == pytest.approx(ddp, rel=0.01)
+
+
+def test_a_run_with_its_shards_in_host_memory_is_the_same(runs):
+    """On a processor they are there already: all but the transfers is tried."""
+    ends = [
+        verify(list_checkpoints(runs / name / "checkpoints")[-1]).files for name in ("fsdp", "offloaded", "resumed")
+    ]
+    tensors = [{name: file for name, file in end.items() if name.endswith(".safetensors")} for end in ends]
+    assert len(tensors[0]) == 6
+    assert tensors[0] == tensors[1] == tensors[2]

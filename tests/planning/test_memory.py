@@ -106,6 +106,9 @@ def test_the_sum_of_a_rank(planned):
     fullest = max(footprint.peak, footprint.saved_total + whole.loss)
     assert whole.peak == 400 + 400 + 800 + batch + fullest
     assert (cut.weights, cut.gradients, cut.optimizer) == (400 / 32, 400 / 32, 800 / 32)
+    offloaded = plan_memory(replace(JOB, strategy="fsdp", offload=True), states, activations, units, 64, 32)
+    assert (offloaded.weights, offloaded.gradients, offloaded.optimizer) == (0, 0, 0)
+    assert offloaded.peak == cut.peak - 1600 / 32
     towers = sum(p.numel() * 4 for unit in units if unit.is_tower for p in unit.parameters)
     assert cut.passing > whole.passing + towers
     cached = plan_memory(replace(JOB, micro_batch_size=64), states, activations, units, 64, 32)
