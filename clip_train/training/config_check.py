@@ -167,10 +167,7 @@ def check_config(cfg: DictConfig, world: World) -> None:
         raise ConfigError(
             "optim.state=bf16 says nothing with trainer.precision=bf16-true, whose state is in bf16: leave it"
         )
-    if cfg.trainer.get("float8", False) not in (True, False):
-        raise ConfigError(f"trainer.float8={cfg.trainer.float8} is neither true nor false")
-    if cfg.trainer.get("float8") and not str(cfg.trainer.precision).startswith("bf16"):
-        raise ConfigError(f"trainer.float8=true goes with trainer.precision=bf16-mixed, not {cfg.trainer.precision}")
+    _check_float8(cfg)
     _check_fsdp(cfg)
     if rest := cfg.batch_size % world.size:
         below, above = cfg.batch_size - rest, cfg.batch_size - rest + world.size
@@ -178,6 +175,17 @@ def check_config(cfg: DictConfig, world: World) -> None:
         raise ConfigError(
             f"batch_size={cfg.batch_size} does not divide over {world.size} processes; the nearest that do: {nearest}"
         )
+
+
+def _check_float8(cfg: DictConfig) -> None:
+    """What does not depend on the machine; `models/float8.py` looks at the GPU."""
+    wanted, trainer = cfg.trainer.get("float8", False), cfg.trainer
+    if wanted not in (True, False):
+        raise ConfigError(f"trainer.float8={wanted} is neither true nor false")
+    if wanted and not str(trainer.precision).startswith("bf16"):
+        raise ConfigError(f"trainer.float8=true goes with trainer.precision=bf16-mixed, not {trainer.precision}")
+    if wanted and trainer.accelerator == "cpu":
+        raise ConfigError("trainer.float8=true needs a GPU, not trainer.accelerator=cpu: leave it out")
 
 
 def _check_fsdp(cfg: DictConfig) -> None:

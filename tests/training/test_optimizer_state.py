@@ -14,6 +14,7 @@ from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder
 from clip_train.training.bad_step import clip_or_skip
 from clip_train.training.optimizer import ADAMW_STATES, build_optimizer, set_rates, with_settings_of
+from clip_train.training.resume import _check_optimizer
 from tests.checkpoints.states import assert_equal, state_of
 from tests.checkpoints.test_folder import save
 from tests.distributed.train_many import train_on
@@ -141,6 +142,14 @@ def test_fp32_and_bf16_read_each_others_state():
     assert_equal(moments(bf16), [moment.to(torch.bfloat16) for moment in moments(fp32)])
     fp32.load_state_dict(with_settings_of(fp32, bf16.state_dict(), model))
     assert_equal(moments(fp32), [moment.float() for moment in moments(bf16)])
+
+
+def test_what_8bit_left_goes_on_as_8bit_only():
+    kinds = {state: {"optim": {"state": state}} for state in ADAMW_STATES}
+    for before, now in (("8bit", "fp32"), ("bf16", "8bit")):
+        with pytest.raises(ConfigError, match=f"state of optim=adamw.* init_from={before}$"):
+            _check_optimizer(Path(before), kinds[before], kinds[now])
+    _check_optimizer(Path("any"), {"optim": {"name": "adamw"}}, kinds["bf16"])
 
 
 RUN = "max_steps=4 checkpoint.every=2 checkpoint.keep=2 optim.warmup=0 batch_size=8 data.num_workers=0 ema.decay=0.9"
