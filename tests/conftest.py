@@ -3,7 +3,7 @@
 import io
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,14 @@ def write_shard(path: Path, samples: Sequence[dict]) -> str:
         for sample in samples:
             writer.write({k: json.dumps(v).encode() if isinstance(v, dict) else v for k, v in sample.items()})
     return str(path)
+
+
+@pytest.fixture
+def nothing_is_compiled() -> Iterator[None]:
+    """What torch.compile would take long for runs as it is written."""
+    torch.compiler.set_stance("force_eager")
+    yield
+    torch.compiler.set_stance("default")
 
 
 @pytest.fixture

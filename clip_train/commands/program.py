@@ -4,6 +4,7 @@ This module and the commands import neither torch nor Lightning at the top, so t
 """
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -42,6 +43,8 @@ def run_program(
     Args:
         short: keys that may be given for others, as `data` for `data.path`: to Hydra, a group's name is a choice of it.
     """
+    # torchao, which transformers imports where it is installed, uses something that torch 2.15 warns of.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     codes: list[int] = []
 
     def job(cfg: DictConfig) -> None:

@@ -4,8 +4,12 @@ from typing import cast
 
 from timm.models import group_parameters
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from clip_train.errors import ConfigError
+from clip_train.models.fast_layers import PatchProjection
+
+_PRODUCTS = (nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttention, nn.Conv2d, PatchProjection)
 
 
 def layer_numbers(tower: nn.Module) -> dict[str, int]:
@@ -61,3 +65,18 @@ def hidden_matrices(tower: nn.Module) -> set[nn.Parameter]:
     """The matrices, and convolutions over channels, inside a tower's blocks: no embeddings, no projection."""
     parameters = [parameter for block in blocks_of(tower) for parameter in block.parameters()]
     return {p for p in parameters if p.ndim >= 2 and min(p.shape[:2]) > 1}
+
+
+def product_weights(model: nn.Module) -> set[nn.Parameter]:
+    """The matrices that autocast rounds to 16 bits each time they are used, and that nothing takes unrounded."""
+    owners: dict[nn.Parameter, bool] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            rounds = "weight" in name and _multiplies(module)
+            owners[parameter] = owners.get(parameter, True) and rounds
+    return {parameter for parameter, rounds in owners.items() if rounds}
+
+
+def _multiplies(module: nn.Module) -> bool:
+    # A subclass may do something else with its weight; torchao's of float8 (float8.py) rounds it further.
+    return type(module) in _PRODUCTS or type(module).__module__ == "torchao.float8.float8_linear"

@@ -20,6 +20,7 @@ class Job:
         exchange: `gather` or `ring`.
         matmul_bytes: of a number in the loss's products.
         embed_dim: width of the features.
+        offload: `trainer.fsdp.cpu_offload`.
     """
 
     batch_size: int
@@ -31,6 +32,7 @@ class Job:
     exchange: str
     matmul_bytes: int
     embed_dim: int
+    offload: bool = False
 
     @property
     def world_size(self) -> int:
@@ -55,6 +57,13 @@ class Job:
     def sharded(self) -> bool:
         """Whether weights, gradients and optimizer state are in shards."""
         return self.strategy == FSDP
+
+    @property
+    def kept_share(self) -> float:
+        """Of weights, gradients and optimizer state, what a device holds; host memory holds what is offloaded."""
+        if not self.sharded:
+            return 1.0
+        return 0.0 if self.offload else 1 / self.world_size
 
     @property
     def averages(self) -> bool:

@@ -44,7 +44,7 @@ def plan_memory(
         units: that FSDP cuts.
         image_size, context: of the inputs.
     """
-    share = 1 / job.world_size if job.sharded else 1.0
+    share = job.kept_share
     footprint = activations.at(job.at_once)
     gathered = _gathered(units) if job.sharded else 0.0
     batch = job.local_batch * (3 * image_size**2 + 8 * context)
@@ -75,10 +75,13 @@ def _fullest_moment(job: Job, footprint: Footprint, gradients: float, loss: floa
 
 
 def _gathered(units: list[ShardedUnit]) -> float:
-    """The towers' own weights, two blocks with the buffers that they come in, and a block's gradients twice."""
+    """The towers' own weights, two blocks with the buffers that they come in, and a block's gradients twice.
+
+    Gradients are in the dtype of the gathered weights, and in that of the kept ones where they are averaged.
+    """
     towers = sum(unit.gathered_bytes(1) for unit in units if unit.is_tower)
-    block = max((unit.gathered_bytes(1) for unit in units if not unit.is_tower), default=0.0)
-    return towers + 6 * block
+    blocks = (5 * unit.gathered_bytes(1) + unit.reduced_bytes(1) for unit in units if not unit.is_tower)
+    return towers + max(blocks, default=0.0)
 
 
 def loss_bytes(job: Job, device: str = "cuda") -> float:

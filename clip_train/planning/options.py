@@ -75,6 +75,7 @@ def job_of(cfg: DictConfig) -> Job:
         exchange=str(cfg.loss.get("exchange", "gather")),
         matmul_bytes=dtype_bytes(cfg.loss.get("matmul_dtype")),
         embed_dim=cfg.model.embed_dim,
+        offload=bool(OmegaConf.select(cfg, "trainer.fsdp.cpu_offload")),
     )
 
 

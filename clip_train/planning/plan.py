@@ -19,7 +19,7 @@ from clip_train.planning.towers import Flops, PlannedModel
 from clip_train.planning.traffic import Traffic, plan_traffic
 from clip_train.training.cached_gradients import refuse_batch_norm
 from clip_train.training.durations import Clock
-from clip_train.training.optimizer import OPTIMIZERS
+from clip_train.training.optimizer import kind_of
 from clip_train.training.parts import plain
 
 _MOST_GPUS, _GPUS_PER_NODE = 1024, 8
@@ -104,7 +104,7 @@ class Planner:
         self._finetune = None if cfg.get("finetune") is None else plain(cfg.finetune)
         self.model = self.planned(NONE)
         self.states: States = count_states(self.model.model, self.optim, cfg.ema.decay is not None)
-        self.units, self._beside = sharded_units(self.model.model), beside_towers(self.model.model)
+        self.units, self._beside = sharded_units(self.model.model, self.precision), beside_towers(self.model.model)
         parts = {name: part.parameters() for name, part in self.model.parts.items()}
         self.learning = [name for name, own in parts.items() if any(p.requires_grad for p in own)]
         self.may_split = _may_split(self.model)
@@ -189,7 +189,7 @@ class Planner:
         """Half, as many and twice the devices; each kind of checkpointing; DDP and FSDP."""
         gpus = self.job.world_size
         jobs = [self.on(count) for count in dict.fromkeys((max(gpus // 2, 1), gpus, 2 * gpus))]
-        kind = OPTIMIZERS[self.optim.get("name", "adamw")]
+        kind = kind_of(self.optim)
         may_shard = kind.can_shard and self.precision != "16-mixed" and self._finetune is None
         variants = [
             self.largest_variant(replace(job, strategy=strategy), checkpointing)

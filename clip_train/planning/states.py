@@ -1,6 +1,6 @@
 """What a rank holds from step to step: weights, gradients, the optimizer's state, an average of the weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clip_train.models import DualEncoder
-from clip_train.models.layers import repeated_blocks
+from clip_train.models.layers import product_weights, repeated_blocks
 from clip_train.models.locking import fixed_names
 from clip_train.training.optimizer import parameter_groups
 
@@ -44,9 +44,20 @@ def count_states(model: nn.Module, optim: Mapping[str, Any], averaged: bool = Fa
 
 
 def optimizer_bytes(model: nn.Module, optim: Mapping[str, Any]) -> float:
-    """Of the state that the optimizer keeps for each parameter, in the parameter's own dtype; counters left out."""
+    """Of the optimizer's state, in each parameter's own dtype or as `optim.state` says; counters left out."""
     groups = parameter_groups(model, optim)
-    return float(sum(_bytes(parameter for _, parameter in group["params"]) * _copies(optim, group) for group in groups))
+    number = _STATE_BYTES.get(optim.get("state", "fp32"), Tensor.element_size)
+    return float(sum(_copies(optim, g) * sum(p.numel() * number(p) for _, p in g["params"]) for g in groups))
+
+
+def _bytes_in_8bit(parameter: Tensor) -> float:
+    """Of a number of a moment: a byte, and the scale of its block, unless the parameter is small or does not divide."""
+    quantized = parameter.numel() >= 4096 and parameter.numel() % _BLOCK == 0
+    return 1 + 4 / _BLOCK + 1024 / parameter.numel() if quantized else parameter.element_size()
+
+
+_BLOCK = 256
+_STATE_BYTES: Mapping[str, Callable[[Tensor], float]] = {"bf16": lambda _: 2, "8bit": _bytes_in_8bit}
 
 
 def _copies(optim: Mapping[str, Any], group: Mapping[str, Any]) -> int:
@@ -80,27 +91,30 @@ class ShardedUnit:
 
     Attributes:
         parameters: that it holds itself, not those of units inside.
+        sizes: bytes of a number of each, when it is gathered.
         is_tower: it stays gathered from forward to backward if it learns; a block does not.
     """
 
     parameters: list[Tensor]
+    sizes: list[int]
     is_tower: bool
 
     def gathered_bytes(self, world_size: int) -> float:
         """Of all ranks' parts, which are equal: the first axis is padded to a multiple of the ranks."""
-        return sum(_padded(parameter, world_size) for parameter in self.parameters)
+        return sum(size * _padded(p, world_size) for p, size in zip(self.parameters, self.sizes, strict=True))
 
     def reduced_bytes(self, world_size: int) -> float:
-        """The same of the gradients of what learns."""
-        return sum(_padded(parameter, world_size) for parameter in self.parameters if parameter.requires_grad)
+        """The same of the gradients of what learns, in the dtype of what is kept."""
+        return sum(p.element_size() * _padded(p, world_size) for p in self.parameters if p.requires_grad)
 
     @property
     def learns(self) -> bool:
         return any(parameter.requires_grad for parameter in self.parameters)
 
 
-def sharded_units(model: DualEncoder) -> list[ShardedUnit]:
-    """As `training/fsdp.py` cuts the model."""
+def sharded_units(model: DualEncoder, precision: str = "32") -> list[ShardedUnit]:
+    """As `training/fsdp.py` cuts the model, and rounds what it gathers with `trainer.precision=bf16-mixed`."""
+    rounded = product_weights(model) if precision == "bf16-mixed" else set()
     units: list[ShardedUnit] = []
     for tower in (part for name, part in model.named_children() if name in _TOWERS):
         taken: set[int] = set()
@@ -108,7 +122,8 @@ def sharded_units(model: DualEncoder) -> list[ShardedUnit]:
             own = [parameter for parameter in module.parameters() if id(parameter) not in taken]
             taken |= {id(parameter) for parameter in own}
             if own:
-                units.append(ShardedUnit(list[Tensor](own), module is tower))
+                sizes = [2 if parameter in rounded else parameter.element_size() for parameter in own]
+                units.append(ShardedUnit(list[Tensor](own), sizes, module is tower))
     return units
 
 
@@ -119,9 +134,10 @@ def beside_towers(model: DualEncoder) -> list[Tensor]:
 
 
 def _padded(parameter: Tensor, world_size: int) -> int:
+    """Numbers of all ranks' parts."""
     rows = parameter.shape[0] if parameter.ndim else 1
     per_row = parameter.numel() // max(rows, 1)
-    return -(-rows // world_size) * world_size * per_row * parameter.element_size()
+    return -(-rows // world_size) * world_size * per_row
 
 
 def dtype_bytes(name: str | None) -> int:

@@ -1,9 +1,10 @@
 """A step whose loss or gradient is not finite, on whichever rank, changes nothing on any of them."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -60,13 +61,15 @@ def make_skippable(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _norm(grads: list[Tensor]) -> Float[Tensor, ""]:
-    """Of all of them together; some may be sharded, and others, such as the logit scale's, not."""
+    """Of all of them together; some may be sharded, in host memory even, and others, such as the logit scale's, not."""
     sharded = [grad for grad in grads if isinstance(grad, DTensor)]
-    whole = [grad for grad in grads if not isinstance(grad, DTensor)]
+    whole = nn.utils.get_total_norm([grad for grad in grads if not isinstance(grad, DTensor)])
     if not sharded:
-        return nn.utils.get_total_norm(whole)
-    norm = cast(DTensor, nn.utils.get_total_norm(sharded)).full_tensor()
-    return torch.hypot(norm, nn.utils.get_total_norm(whole)) if whole else norm
+        return whole
+    mesh = sharded[0].device_mesh
+    square = nn.utils.get_total_norm([grad.to_local() for grad in sharded]).to(mesh.device_type).square()
+    dist.all_reduce(square, group=mesh.get_group())
+    return (square + whole.to(square.device).square()).sqrt()
 
 
 def running_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:

@@ -11,7 +11,7 @@ from clip_train.errors import ConfigError
 from clip_train.models.adaptation import classifies
 from clip_train.models.dual_encoder import INITIAL_LOGIT_SCALE
 from clip_train.training.launch import World
-from clip_train.training.optimizer import OPTIMIZERS, TOWERS
+from clip_train.training.optimizer import ADAMW_STATES, OPTIMIZERS, TOWERS
 from clip_train.training.schedule import COOLDOWN_SHAPES, SHAPES
 
 # Key, type, least value.
@@ -119,6 +119,7 @@ _CHOICES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("trainer.strategy", ("auto", "ddp", "fsdp")),
     ("checkpoint.best_mode", ("max", "min")),
     ("optim.name", tuple(OPTIMIZERS)),
+    ("optim.state", tuple(ADAMW_STATES)),
     ("schedule.name", tuple(SHAPES)),
     ("schedule.cooldown_shape", COOLDOWN_SHAPES),
     ("data.decode", ("fast", "exact")),
@@ -162,6 +163,11 @@ def check_config(cfg: DictConfig, world: World) -> None:
     _check_finetune(cfg)
     if cfg.get("distill") is not None and cfg.micro_batch_size == "auto":
         raise ConfigError("micro_batch_size=auto does not try with a teacher (distill): give a number or null")
+    if str(cfg.trainer.precision) == "bf16-true" and cfg.optim.get("state") == "bf16":
+        raise ConfigError(
+            "optim.state=bf16 says nothing with trainer.precision=bf16-true, whose state is in bf16: leave it"
+        )
+    _check_float8(cfg)
     _check_fsdp(cfg)
     if rest := cfg.batch_size % world.size:
         below, above = cfg.batch_size - rest, cfg.batch_size - rest + world.size
@@ -171,13 +177,31 @@ def check_config(cfg: DictConfig, world: World) -> None:
         )
 
 
+def _check_float8(cfg: DictConfig) -> None:
+    """What does not depend on the machine; `models/float8.py` looks at the GPU."""
+    wanted, trainer = cfg.trainer.get("float8", False), cfg.trainer
+    if wanted not in (True, False):
+        raise ConfigError(f"trainer.float8={wanted} is neither true nor false")
+    if wanted and not str(trainer.precision).startswith("bf16"):
+        raise ConfigError(f"trainer.float8=true goes with trainer.precision=bf16-mixed, not {trainer.precision}")
+    if wanted and trainer.accelerator == "cpu":
+        raise ConfigError("trainer.float8=true needs a GPU, not trainer.accelerator=cpu: leave it out")
+
+
 def _check_fsdp(cfg: DictConfig) -> None:
+    offload = OmegaConf.select(cfg, "trainer.fsdp.cpu_offload", default=False)
+    if offload not in (True, False):
+        raise ConfigError(f"trainer.fsdp.cpu_offload={offload} is neither true nor false")
     if cfg.trainer.strategy != "fsdp":
+        if offload:
+            raise ConfigError("trainer.fsdp.cpu_offload=true is for trainer.strategy=fsdp: take that, or leave it out")
         return
     if cfg.micro_batch_size == "auto":
         raise ConfigError("micro_batch_size=auto does not try with trainer.strategy=fsdp: give a number, or take ddp")
     if cfg.trainer.precision == "16-mixed":
         raise ConfigError("trainer.precision=16-mixed does not go with trainer.strategy=fsdp: take bf16-mixed or 32")
+    if cfg.optim.get("state") == "8bit":
+        raise ConfigError("optim.state=8bit does not go with trainer.strategy=fsdp: take optim.state=bf16, or ddp")
     if not OPTIMIZERS[name := cfg.optim.get("name", "adamw")].can_shard:
         others = ", ".join(other for other, kind in OPTIMIZERS.items() if kind.can_shard)
         raise ConfigError(f"optim={name} needs whole matrices, not trainer.strategy=fsdp: take ddp, or one of {others}")

@@ -42,9 +42,10 @@ class WeightAverage(Callback):
         step = pl_module.samples_seen // pl_module.clock.batch_size
         share = (1 - self.decay_after(step)) * norm.isfinite().float()
         tensors = _averaged_tensors(pl_module)
+        shares = {device: share.to(device) for device in {average.device for average in self._averages.values()}}
         with torch.no_grad():
             for name, average in self._averages.items():
-                _local(average).lerp_(_local(tensors[name]).float(), share)
+                _local(average).lerp_(_local(tensors[name]).float(), shares[average.device])
 
     def decay_after(self, step: int) -> float:
         """What stays of the average in a step; the first is step 1."""

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from clip_train.checkpoints.restore import restore_optimizer
@@ -16,7 +17,7 @@ from clip_train.distributed import group_size
 from clip_train.models import DualEncoder
 from clip_train.models.captioner import Captioner
 from clip_train.models.hf_text import HFTextTower
-from clip_train.models.layers import repeated_blocks
+from clip_train.models.layers import product_weights, repeated_blocks
 from clip_train.models.text_tower import TextTower
 from clip_train.training.module import ClipModule
 
@@ -26,12 +27,22 @@ class ShardedStrategy(DDPStrategy):
 
     Checkpoints are restored as under DDP: weights before sharding, the optimizer's state after it, cut as the weights
     are.
+
+    Args:
+        offload: keep the shards, their gradients and the optimizer's state in host memory.
+        options: of DDPStrategy.
     """
 
     _exchanges = True
 
+    def __init__(self, offload: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self._offload = offload
+
     def configure_ddp(self) -> None:
-        shard_towers(self._encoder, init_device_mesh(self.root_device.type, (group_size(),)))
+        mesh = init_device_mesh(self.root_device.type, (group_size(),))
+        rounded = self.precision_plugin.precision == "bf16-mixed"
+        shard_towers(self._encoder, mesh, rounded, self._offload)
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -60,19 +71,43 @@ class ShardedStrategy(DDPStrategy):
             restore_optimizer(optimizer, state)
 
 
-def shard_towers(model: DualEncoder, mesh: DeviceMesh) -> None:
+def shard_towers(model: DualEncoder, mesh: DeviceMesh, rounded: bool = False, offload: bool = False) -> None:
     """Shard each block of both towers and of a decoder, and what is left of each; the logit scale and bias stay whole.
 
     A block's weights are gathered for its forward and again for its backward; a tower's own stay gathered in between.
     All ranks have to call the blocks equally often, so that texts go through in one group.
+
+    Args:
+        rounded: the model runs under autocast to bf16. Matrices are rounded before they are gathered, with the same
+            result; norms, embeddings and biases are gathered as they are, and gradients averaged in fp32.
+        offload: shards and their gradients lie in host memory, where the optimizer's step is taken; on a processor
+            they do already.
     """
+    pinned = mesh.device_type != "cpu"
+    how: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": _policy(model) if rounded else MixedPrecisionPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy(),
+    }
     if isinstance(model.text, TextTower | HFTextTower):
         model.text.one_group = True
     for tower in (model.vision, model.text, *([model.decoder] if isinstance(model, Captioner) else [])):
         for block in repeated_blocks(tower):
-            fully_shard(block, mesh=mesh, reshard_after_forward=True)
+            fully_shard(block, **how, reshard_after_forward=True)
         # After backward it is cut again; a frozen one has none.
-        fully_shard(tower, mesh=mesh, reshard_after_forward=not _learns(tower))
+        fully_shard(tower, **how, reshard_after_forward=not _learns(tower))
+
+
+def _policy(model: nn.Module) -> MixedPrecisionPolicy:
+    if "param_dtype_override_fn" not in MixedPrecisionPolicy.__dataclass_fields__:  # before torch 2.15
+        return MixedPrecisionPolicy()
+    matrices = product_weights(model)
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # autocast does
+        param_dtype_override_fn=lambda parameter: None if parameter in matrices else parameter.dtype,
+    )
 
 
 def average_gradients(parameters: Iterator[nn.Parameter]) -> None:

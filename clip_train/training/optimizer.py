@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from clip_train.errors import ConfigError
 from clip_train.models.layers import hidden_matrices, layer_numbers
+from clip_train.training.adamw_bf16 import BF16AdamW
 from clip_train.training.bad_step import make_skippable
 
 TOWERS = ("vision", "text")
 # Of the `optim` group, what is not an argument of the optimizer.
-_OURS = ("name", "lr", "weight_decay", "warmup", "grad_clip", "fallback", *TOWERS)
+_OURS = ("name", "state", "lr", "weight_decay", "warmup", "grad_clip", "fallback", *TOWERS)
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,14 @@ class Kind:
     fixed: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
+def _adamw_8bit(*args: Any, **options: Any) -> torch.optim.Optimizer:
+    try:
+        from clip_train.training.adamw_8bit import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(f"optim.state=8bit needs torchao: pip install 'clip_train[torchao]' ({error})") from error
+    return AdamW8bit(*args, **options)
+
+
 OPTIMIZERS = {
     "adamw": Kind(torch.optim.AdamW, can_fuse=True),
     "lion": Kind(timm.optim.Lion),
@@ -42,6 +51,22 @@ OPTIMIZERS = {
     "muon": Kind(timm.optim.Muon, can_shard=False),
     "sgd": Kind(torch.optim.SGD),  # fused, it would spoil its momentum if its first step is a bad one
 }
+# In place of `adamw`, by `optim.state`. Blocks of 8-bit numbers with a common scale are not those of other shards.
+ADAMW_STATES = {
+    "fp32": OPTIMIZERS["adamw"],
+    "bf16": Kind(BF16AdamW, can_fuse=True),
+    "8bit": Kind(_adamw_8bit, can_shard=False),
+}
+
+
+def kind_of(optim: Mapping[str, Any]) -> Kind:
+    """What the `optim` group chooses. Raises ConfigError for an optimizer that has its state in fp32 only."""
+    name, state = optim.get("name", "adamw"), optim.get("state", "fp32")
+    if name == "adamw":
+        return ADAMW_STATES[state]
+    if state != "fp32":
+        raise ConfigError(f"optim.state={state} is for optim=adamw, not for optim={name}: leave it out")
+    return OPTIMIZERS[name]
 
 
 def build_optimizer(model: nn.Module, optim: Mapping[str, Any], fused: bool) -> torch.optim.Optimizer:
@@ -53,16 +78,15 @@ def build_optimizer(model: nn.Module, optim: Mapping[str, Any], fused: bool) -> 
         fused: take the fused form where there is one.
 
     Raises:
-        ConfigError: the class refuses its settings.
+        ConfigError: the class refuses its settings, or its library is not installed.
     """
-    name = optim.get("name", "adamw")
-    kind = OPTIMIZERS[name]
+    kind = kind_of(optim)
     options = _tuples({key: value for key, value in optim.items() if key not in _OURS})
     options |= {**kind.fixed, **({"fused": fused} if kind.can_fuse else {})}
     try:
         optimizer = kind.build(parameter_groups(model, optim), lr=optim["lr"], **options)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"optim={name}: {error}") from error
+        raise ConfigError(f"optim={optim.get('name', 'adamw')}: {error}") from error
     if not optimizer.defaults.get("fused"):
         make_skippable(optimizer)
     return optimizer
@@ -123,7 +147,11 @@ def _first(*values: float | None) -> float:
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Give each group its share of its rate at the peak."""
     for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
+        rate = group["initial_lr"] * factor
+        if isinstance(group["lr"], Tensor):  # torchao compiles its step, for any rate
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def with_settings_of(fresh: torch.optim.Optimizer, state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from clip_train.losses.classification import ClassificationLoss
 from clip_train.models import DualEncoder, create_dual_encoder
 from clip_train.models.adaptation import classifies
 from clip_train.models.dual_encoder import AnyTextTower
+from clip_train.models.float8 import check_float8, use_float8
 from clip_train.models.text_config import TextConfig
 from clip_train.training.checkpointing import FolderCheckpointIO
 from clip_train.training.data_module import ClipDataModule
@@ -45,6 +46,9 @@ def make_model(cfg: DictConfig) -> DualEncoder:
 
 def make_module(cfg: DictConfig, clock: Clock, model: Any, adapter_only: bool = False) -> ClipModule:
     """The model, ready to be trained, and how it is trained."""
+    if cfg.trainer.get("float8"):
+        check_float8()
+        use_float8(model)
     micro_batch_size = None if cfg.micro_batch_size == "auto" else cfg.micro_batch_size
     optim, schedule, loss = plain(cfg.optim), plain(cfg.schedule), make_loss(cfg)
     teacher = make_teacher(cfg, model.batch_keys)
@@ -126,7 +130,8 @@ def _precision(cfg: DictConfig, world: World) -> str:
 def _strategy(cfg: DictConfig, world: World) -> DDPStrategy | str:
     timeout = group_timeout(*timeouts(cfg))
     if cfg.trainer.strategy == "fsdp":
-        return ShardedStrategy(timeout=timeout)
+        offload = bool(OmegaConf.select(cfg, "trainer.fsdp.cpu_offload"))
+        return ShardedStrategy(offload, timeout=timeout)
     if cfg.trainer.strategy == "auto" and world.size == 1:
         return "auto"
     # No buffers are broadcast: ours are constants, and ranks may run different numbers of evaluation batches.

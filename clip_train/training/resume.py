@@ -140,9 +140,14 @@ def check_resumable(
 
 
 def _check_optimizer(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    was, wanted = (config.get("optim", {}).get("name", "adamw") for config in (before, now))
+    was, wanted = (_state_kind(config.get("optim", {})) for config in (before, now))
     if was != wanted:
         raise ConfigError(
-            f"resume: {path} has the optimizer state of optim={was}, of no use to optim={wanted}: keep {was}, or start"
+            f"resume: {path} has the optimizer state of {was}, of no use to {wanted}: keep that, or start"
             f" a new run from the weights with init_from={path}"
         )
+
+
+def _state_kind(optim: Mapping[str, Any]) -> str:
+    """The optimizer, and how it keeps its state, if another could not read that; bf16 and fp32 read each other's."""
+    return f"optim={optim.get('name', 'adamw')}" + (" optim.state=8bit" if optim.get("state") == "8bit" else "")

@@ -105,6 +105,16 @@ def test_values_of_the_loss_and_the_micro_batch(fail, setting, message):
             "schedule.period_factor=0.5 is not a number of at least 1",
         ),
         ("ema.decay=2", "ema.decay=2 is a share"),
+        ("trainer.fsdp.cpu_offload=true", "trainer.fsdp.cpu_offload=true is for trainer.strategy=fsdp"),
+        (
+            "trainer.float8=true trainer.precision=bf16-mixed",
+            "trainer.float8=true needs a GPU, not trainer.accelerator",
+        ),
+        ("trainer.float8=true", "trainer.float8=true goes with trainer.precision=bf16-mixed, not 32"),
+        ("optim.state=4bit", "optim.state=4bit is none of fp32, bf16, 8bit"),
+        ("optim=lion +optim.state=bf16", "optim.state=bf16 is for optim=adamw, not for optim=lion"),
+        ("optim.state=8bit trainer.strategy=fsdp", "optim.state=8bit does not go with trainer.strategy=fsdp: take"),
+        ("optim.state=bf16 trainer.precision=bf16-true", "optim.state=bf16 says nothing with trainer.precision"),
         (
             "optim=muon trainer.strategy=fsdp",
             "optim=muon needs whole matrices, not trainer.strategy=fsdp: take ddp, or",

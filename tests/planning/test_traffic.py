@@ -33,19 +33,19 @@ def pair():
     pool.close()
 
 
-def planned_bytes(config: dict, job: Job) -> float:
+def planned_bytes(config: dict, job: Job, precision: str = "32") -> float:
     model = PlannedModel(config).model
     learning = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return plan_traffic(job, learning, sharded_units(model), beside_towers(model)).total
+    return plan_traffic(job, learning, sharded_units(model, precision), beside_towers(model)).total
 
 
-def sent_bytes(config: dict, job: Job) -> float:
+def sent_bytes(config: dict, job: Job, precision: str = "32") -> float:
     """By this rank in the third step, after the buckets are made."""
     model = create_dual_encoder(**config)
     loss = partial(sigmoid_loss if job.loss == "sigmoid" else contrastive_loss, exchange=job.exchange)
     pixels = torch.zeros(job.local_batch, 3, config["image_size"], config["image_size"], dtype=torch.uint8)
     ids = torch.zeros(job.local_batch, config["text"]["context_length"], dtype=torch.int64)
-    step = _ddp_step(model) if job.strategy == "ddp" else _fsdp_step(model, job.micro_batch_size)
+    step = _ddp_step(model) if job.strategy == "ddp" else _fsdp_step(model, job.micro_batch_size, precision)
     for _ in range(2):
         step(loss, pixels, ids)
     with WireBytes() as wire:
@@ -62,8 +62,9 @@ def _ddp_step(model):
     return step
 
 
-def _fsdp_step(model, micro_batch_size):
-    shard_towers(model, init_device_mesh("cpu", (2,)))
+def _fsdp_step(model, micro_batch_size, precision):
+    rounded = precision == "bf16-mixed"
+    shard_towers(model, init_device_mesh("cpu", (2,)), rounded)
     shards = [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
 
     def backward(surrogate, last):
@@ -73,6 +74,7 @@ def _fsdp_step(model, micro_batch_size):
         if last:
             average_gradients(model.parameters())
 
+    @torch.autocast("cpu", torch.bfloat16, enabled=rounded)
     def step(loss, pixels, ids):
         if micro_batch_size is None:
             backward(loss(*model(pixels, ids), **model.logit_parameters()), True)
@@ -92,12 +94,13 @@ def test_ddp_sends_what_is_planned(pair, loss, exchange):
     assert pair.run(sent_bytes, config, job) == [planned_bytes(config, job)] * 2
 
 
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective"])
 @pytest.mark.parametrize("micro_batch_size", [None, 2])
-def test_fsdp_sends_what_is_planned(pair, micro_batch_size, checkpointing):
+def test_fsdp_sends_what_is_planned(pair, micro_batch_size, checkpointing, precision):
     job = Job(BATCH, 2, 1, micro_batch_size, "fsdp", "contrastive", "gather", 4, VIT_WIDTH)
     config = VIT | {"grad_checkpointing": checkpointing}
-    assert pair.run(sent_bytes, config, job) == [planned_bytes(config, job)] * 2
+    assert pair.run(sent_bytes, config, job, precision) == [planned_bytes(config, job, precision)] * 2
 
 
 def test_one_process_sends_nothing():

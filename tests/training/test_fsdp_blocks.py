@@ -1,12 +1,18 @@
 """What trainer.strategy=fsdp shards by: the blocks of every kind of tower."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from clip_train.models import create_dual_encoder
+from clip_train.training import fsdp
 from clip_train.training.fsdp import repeated_blocks
 from tests.models.configs import load_config
+from tests.models.test_dual_encoder import TINY
 
 
 @pytest.mark.parametrize(
@@ -47,3 +53,18 @@ def kinds(tower: nn.Module) -> dict[str, int]:
     assert not [name for name in rest if ".blocks." in name or ".layer" in name or ".stages." in name]
     names = [type(block).__name__ for block in blocks]
     return {name: names.count(name) for name in names}
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cuda", True), ("cpu", False)])
+def test_offloaded_shards_lie_in_memory_that_a_gpu_can_read(monkeypatch, device, pinned):
+    policies = []
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, **how: policies.append(how["offload_policy"]))
+    with torch.device("meta"):
+        model = create_dual_encoder(**TINY)
+    mesh: Any = SimpleNamespace(device_type=device)
+    fsdp.shard_towers(model, mesh, offload=True)
+    assert len(policies) == 2 + 2 + 2  # blocks and towers
+    assert all(policy == CPUOffloadPolicy(pin_memory=pinned) for policy in policies)
+    policies.clear()
+    fsdp.shard_towers(model, mesh)
+    assert policies and not any(isinstance(policy, CPUOffloadPolicy) for policy in policies)
