@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning as L
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +16,7 @@ from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.data.eval_batches import EvalBatches
 from clip_train.evaluation.feature_cache import features_key
+from clip_train.models.compiling import compile_mode
 from clip_train.models.linear_probe import LinearProbe
 from clip_train.training.agreement import RankAgreement
 from clip_train.training.bad_samples import BadSamples
@@ -46,6 +48,9 @@ from clip_train.training.startup import announce
 from clip_train.training.trial_report import TrialReport
 from clip_train.training.validation import AfterEvaluation, Validation, check_best_metric
 from clip_train.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from clip_train.training.compile_times import CompileTimes
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,7 @@ class RunCallbacks:
     trial: TrialReport
     agreement: RankAgreement
     validation: Validation
+    compiling: "CompileTimes | None"
     in_order: list[L.Callback]
 
 
@@ -111,12 +117,23 @@ def make_callbacks(plan: RunPlan, rank_log: RankLog, console: Console) -> RunCal
     start = _start(plan, rank_log, console)
     search = [_micro_batch_search(plan)] if cfg.micro_batch_size == "auto" else []
     probe = _probe_start(plan)
+    compiling = _compile_times(plan)
     sample_log = [SampleLog(folder.path / "samples")] if cfg.data.sample_log else []
     progress = ProgressDisplay(metrics, console)
     # The average takes memory, so that it comes before the search; that comes before anything is timed.
     in_order = [watchdog, start, *probe, *([average] if average else []), *search, guard, bad_samples, staging]
-    in_order += [agreement, metrics, *sample_log, checkpointing, progress, validation, trial, *_profile(plan)]
-    return RunCallbacks(guard, metrics, checkpointing, trial, agreement, validation, in_order)
+    in_order += [
+        agreement,
+        *([compiling] if compiling else []),
+        metrics,
+        *sample_log,
+        checkpointing,
+        progress,
+        validation,
+        trial,
+        *_profile(plan),
+    ]
+    return RunCallbacks(guard, metrics, checkpointing, trial, agreement, validation, compiling, in_order)
 
 
 def _start(plan: RunPlan, rank_log: RankLog, console: Console) -> RunStart:
@@ -221,6 +238,14 @@ def _probe_start(plan: RunPlan) -> list[L.Callback]:
 def _profile(plan: RunPlan) -> list[StepProfile]:
     steps = plan.cfg.trainer.profile
     return [StepProfile(steps, plan.folder.path / "profile")] if steps else []
+
+
+def _compile_times(plan: RunPlan) -> "CompileTimes | None":
+    if compile_mode(plan.cfg.trainer.get("compile", False)) is None:
+        return None
+    from clip_train.training.compile_times import CompileTimes  # the compiler's import takes seconds
+
+    return CompileTimes()
 
 
 def _micro_batch_search(plan: RunPlan) -> MicroBatchSearch:
