@@ -48,8 +48,7 @@ def compile_blocks(model: nn.Module, mode: str = "default", backend: str = "indu
     """
     _set_up_dynamo()
     for name in ("vision", "text", "decoder"):
-        tower = getattr(model, name, None)
-        if tower is None:
+        if not isinstance(tower := getattr(model, name, None), nn.Module):
             continue
         if getattr(tower, "length_multiple", None) is not None:
             tower.least_group = 2  # a size of 1 is compiled apart
