@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental import _config as shape_config
 
 from clip_train.errors import ConfigError
 from clip_train.models.layers import blocks_of
@@ -48,7 +49,8 @@ def compile_blocks(model: nn.Module, mode: str = "default", backend: str = "indu
     """
     _set_up_dynamo()
     for name in ("vision", "text", "decoder"):
-        if not isinstance(tower := getattr(model, name, None), nn.Module):
+        tower: Any = getattr(model, name, None)
+        if tower is None:
             continue
         if getattr(tower, "length_multiple", None) is not None:
             tower.least_group = 2  # a size of 1 is compiled apart
@@ -69,7 +71,7 @@ def _set_up_dynamo() -> None:
     config.optimize_ddp = False
     config.recompile_limit = max(_MOST_VARIANTS, config.recompile_limit)
     # Or sizes that are equal by chance at first would have to stay so, and all be compiled again when they are not.
-    torch.fx.experimental._config.use_duck_shape = False
+    shape_config.use_duck_shape = False
 
 
 def _convolves(block: nn.Module) -> bool:

@@ -105,13 +105,15 @@ def test_values_of_the_loss_and_the_micro_batch(fail, setting, message):
             "schedule.period_factor=0.5 is not a number of at least 1",
         ),
         ("ema.decay=2", "ema.decay=2 is a share"),
+        ("trainer.compile=fast", "trainer.compile=fast is none of false, true, default, reduce-overhead, max-autotune"),
+        ("trainer.compile=max-autotune", "trainer.compile=max-autotune makes CUDA graphs, which need a GPU: take true"),
         (
             "optim=muon trainer.strategy=fsdp",
             "optim=muon needs whole matrices, not trainer.strategy=fsdp: take ddp, or",
         ),
     ],
 )
-def test_values_of_the_optimizer_and_the_schedule(fail, settings, message):
+def test_values_of_the_optimizer_the_schedule_and_the_compiler(fail, settings, message):
     assert message in fail(*settings.split())
 
 

@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._logging._internal import trace_log
+from torch.fx.experimental import _config as shape_config
 
 from clip_train.errors import ConfigError
 from clip_train.losses import contrastive_loss
@@ -38,12 +39,15 @@ def fresh() -> Iterator[None]:
     """Nothing compiled before, and torch's settings afterwards as they were."""
     torch._dynamo.reset()
     counters.clear()
+    config = torch._dynamo.config
     with (
-        torch._dynamo.config.patch({}),
-        torch.fx.experimental._config.patch(use_duck_shape=torch.fx.experimental._config.use_duck_shape),
+        config.patch(optimize_ddp=config.optimize_ddp, recompile_limit=config.recompile_limit),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(trace_log, "handlers", [])  # pytest would keep what torch traces, which takes longer than the rest
+        patch.setattr(shape_config, "use_duck_shape", shape_config.use_duck_shape)
+        patch.setattr(
+            trace_log, "handlers", []
+        )  # pytest would keep what torch traces, which takes longer than the rest
         yield
     torch._dynamo.reset()
 
@@ -97,7 +101,7 @@ def assert_close(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, lis
 
 
 def test_steps_are_those_of_eager_blocks(monkeypatch):
-    """Whole batches and micro-batches, with their dropout; as the blocks are traced, before C++ or Triton is made of it."""
+    """Whole batches and micro-batches, with their dropout; as blocks are traced, before C++ is made of that."""
     monkeypatch.setattr(text_lengths, "CALL_COST", 0)
     compiled, eager = small_model(dropout=0.2), small_model(dropout=0.2)
     compile_blocks(compiled, backend="aot_eager")

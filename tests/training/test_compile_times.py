@@ -72,7 +72,8 @@ def test_checkpoints_go_from_compiled_to_eager_and_back(tmp_path: Path, caplog):
     for ended, losses in ((gone_on, notes[2].losses), (compiled_then, notes[3].losses)):
         assert losses == pytest.approx(notes[1].losses[2:], rel=1e-5)
         for (name, found), expected in zip(ended.named_parameters(), eager.parameters(), strict=True):
-            assert (found - expected).norm() <= 1e-4 * expected.norm() + 1e-6, name
+            # Adam makes something of key biases' gradients, which are rounding alone.
+            assert (found - expected).norm() <= 1e-4 * expected.norm() + 2e-5, name
 
 
 def run(folder: Path, callbacks: list[Callback], resume: Path | None = None) -> tuple[ClipModule, Path]:
