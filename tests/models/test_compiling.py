@@ -1,7 +1,7 @@
 """Compiled blocks against the same blocks as they are: features, gradients, names, and how often they are compiled."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -39,15 +39,14 @@ def fresh() -> Iterator[None]:
     """Nothing compiled before, and torch's settings afterwards as they were."""
     torch._dynamo.reset()
     counters.clear()
-    config = torch._dynamo.config
+    config, shapes = torch._dynamo.config, cast(Any, shape_config)
     with (
         config.patch(optimize_ddp=config.optimize_ddp, recompile_limit=config.recompile_limit),
+        shapes.patch(use_duck_shape=shapes.use_duck_shape),
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(shape_config, "use_duck_shape", shape_config.use_duck_shape)
-        patch.setattr(
-            trace_log, "handlers", []
-        )  # pytest would keep what torch traces, which takes longer than the rest
+        # pytest would keep what torch traces, which takes longer than the rest.
+        patch.setattr(trace_log, "handlers", [])
         yield
     torch._dynamo.reset()
 
