@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
 )
 
 from clip_train.errors import ConfigError
-from clip_train.models.layers import blocks_of
+from clip_train.models.layers import blocks_of, innermost_blocks
 
 NONE, BLOCKS, SELECTIVE = "none", "blocks", "selective"
 MODES = (NONE, BLOCKS, SELECTIVE)
@@ -62,7 +62,7 @@ def checkpoint_blocks(tower: nn.Module, mode: str) -> None:
     Raises:
         ConfigError: there are no blocks.
     """
-    blocks = _innermost(blocks_of(tower))
+    blocks = innermost_blocks(tower)
     if not blocks:
         name = type(getattr(tower, "trunk", tower)).__name__
         raise ConfigError(f"model.grad_checkpointing={mode}: {name} has no blocks to compute again; give {NONE}")
@@ -76,12 +76,6 @@ def is_checkpointed(tower: nn.Module) -> bool:
     """Whether `checkpoint_blocks` was called on it."""
     forwards = [block.forward for block in blocks_of(tower)]
     return any(isinstance(forward, partial) and forward.func is _checkpointed for forward in forwards)
-
-
-def _innermost(blocks: list[nn.Module]) -> list[nn.Module]:
-    """Without the stages that are made of other blocks."""
-    every = set(blocks)
-    return [block for block in blocks if not any(part in every for part in block.modules() if part is not block)]
 
 
 def _overwrite_nothing(block: nn.Module) -> None:

@@ -7,6 +7,7 @@ section 3.1). Scores and their gradients are computed in fp32, as torch does: sm
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,17 +33,33 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        batch, heads, tokens, _ = query.shape
-        found = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
-        future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1) if ctx.is_causal else None
-        step = max(1, _SCORES_AT_ONCE // (heads * tokens**2))
-        for start in range(0, batch, step):
-            part = slice(start, start + step)
-            tile = [x[part].flatten(0, 1) for x in (query, key, value, out, lse, grads[0])]
-            for whole, grad in zip(found, _tile_backward(tile, future, ctx.scale)):
-                whole[part] = grad.unflatten(0, (-1, heads))
-        return (*found, None, None)
+        return (*_backward(grads[0], *ctx.saved_tensors, ctx.is_causal, ctx.scale), None, None)
+
+
+# An operator of its own, which torch.compile takes as it is: the loop depends on the size of the batch.
+@torch.library.custom_op("clip_train::cpu_attention_backward", mutates_args=())
+def _backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values, a tile of the batch at a time."""
+    batch, heads, tokens, _ = query.shape
+    found = _backward_like(grad, query, key, value, out, lse, is_causal, scale)
+    future = torch.ones(tokens, tokens, dtype=torch.bool).triu(1) if is_causal else None
+    step = max(1, _SCORES_AT_ONCE // (heads * tokens**2))
+    for start in range(0, batch, step):
+        part = slice(start, start + step)
+        tile = [x[part].flatten(0, 1) for x in (query, key, value, out, lse, grad)]
+        for whole, gradient in zip(found, _tile_backward(tile, future, scale)):
+            whole[part] = gradient.unflatten(0, (-1, heads))
+    return found
+
+
+@_backward.register_fake
+def _backward_like(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    empty = partial(torch.empty_like, memory_format=torch.contiguous_format)
+    return empty(query), empty(key), empty(value)
 
 
 def _tile_backward(tile: Sequence[Tensor], future: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:

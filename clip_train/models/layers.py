@@ -44,6 +44,13 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
     return repeated_blocks(tower) or _longest_row(tower)
 
 
+def innermost_blocks(tower: nn.Module) -> list[nn.Module]:
+    """The blocks without those that are made of others, as a convolutional network's stages are."""
+    blocks = blocks_of(tower)
+    known = set(blocks)
+    return [block for block in blocks if not any(part in known for part in block.modules() if part is not block)]
+
+
 def _longest_row(module: nn.Module) -> list[nn.Module]:
     rows = [list(part) for part in module.modules() if isinstance(part, nn.ModuleList)]
     return max(rows, key=len, default=[])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning as L
 import torch
@@ -16,6 +17,8 @@ from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.data.eval_batches import EvalBatches
 from clip_train.evaluation.feature_cache import features_key
+from clip_train.models.checkpointing import NONE, checkpointing_mode
+from clip_train.models.compiling import compile_mode
 from clip_train.models.linear_probe import LinearProbe
 from clip_train.training.agreement import RankAgreement
 from clip_train.training.bad_samples import BadSamples
@@ -49,6 +52,9 @@ from clip_train.training.trial_report import TrialReport
 from clip_train.training.utilisation import Utilisation
 from clip_train.training.validation import AfterEvaluation, Validation, check_best_metric
 from clip_train.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from clip_train.training.compile_times import CompileTimes
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ class RunCallbacks:
     trial: TrialReport
     agreement: RankAgreement
     validation: Validation
+    compiling: "CompileTimes | None"
     in_order: list[L.Callback]
 
 
@@ -114,12 +121,14 @@ def make_callbacks(plan: RunPlan, rank_log: RankLog, console: Console) -> RunCal
     start = _start(plan, rank_log, console)
     search = [_micro_batch_search(plan)] if cfg.micro_batch_size == "auto" else []
     probe = _probe_start(plan)
+    compiling = _compile_times(plan)
     sample_log = [SampleLog(folder.path / "samples")] if cfg.data.sample_log else []
     progress = ProgressDisplay(metrics, console)
     # The average takes memory, so that it comes before the search; that comes before anything is timed.
     in_order = [watchdog, start, *probe, *([average] if average else []), *search, guard, bad_samples, staging]
-    in_order += [agreement, metrics, *sample_log, checkpointing, progress, validation, trial, *_profile(plan, metrics)]
-    return RunCallbacks(guard, metrics, checkpointing, trial, agreement, validation, in_order)
+    in_order += [agreement, *([compiling] if compiling else []), metrics, *sample_log, checkpointing, progress]
+    in_order += [validation, trial, *_profile(plan, metrics)]
+    return RunCallbacks(guard, metrics, checkpointing, trial, agreement, validation, compiling, in_order)
 
 
 def _start(plan: RunPlan, rank_log: RankLog, console: Console) -> RunStart:
@@ -174,7 +183,7 @@ def _speed_settings(plan: RunPlan) -> Settings:
         precision=str(cfg.trainer.precision),
         bf16=not on_cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         compiled=cfg.trainer.get("compile"),
-        recomputes=cfg.model.get("grad_checkpointing") not in (None, False, "none"),
+        recomputes=checkpointing_mode(cfg.model.get("grad_checkpointing", NONE)) != NONE,
         encodes_twice=isinstance(micro_batch_size, int) and micro_batch_size < cfg.batch_size // plan.world.size,
         strategy=str(cfg.trainer.strategy),
         exchange=cfg.loss.get("exchange"),
@@ -242,6 +251,14 @@ def _probe_start(plan: RunPlan) -> list[L.Callback]:
 def _profile(plan: RunPlan, metrics: TrainMetrics) -> list[StepProfile]:
     steps = plan.cfg.trainer.profile
     return [StepProfile(steps, plan.folder.path / "profile", metrics.paused)] if steps else []
+
+
+def _compile_times(plan: RunPlan) -> "CompileTimes | None":
+    if compile_mode(plan.cfg.trainer.get("compile", False)) is None:
+        return None
+    from clip_train.training.compile_times import CompileTimes  # the compiler's import takes seconds
+
+    return CompileTimes()
 
 
 def _micro_batch_search(plan: RunPlan) -> MicroBatchSearch:

@@ -9,6 +9,8 @@ from clip_train.data.preprocessing import INTERPOLATIONS, RESIZE_MODES
 from clip_train.data.tokenizer import LONG_CAPTIONS
 from clip_train.errors import ConfigError
 from clip_train.models.adaptation import classifies
+from clip_train.models.checkpointing import NONE, checkpointing_mode
+from clip_train.models.compiling import CUDA_GRAPHS, WITHOUT_GRAPHS, check_compiler, compile_mode
 from clip_train.models.dual_encoder import INITIAL_LOGIT_SCALE
 from clip_train.training.launch import World
 from clip_train.training.optimizer import ADAMW_STATES, OPTIMIZERS, TOWERS
@@ -169,6 +171,7 @@ def check_config(cfg: DictConfig, world: World) -> None:
         )
     _check_float8(cfg)
     _check_fsdp(cfg)
+    _check_compile(cfg, world)
     if rest := cfg.batch_size % world.size:
         below, above = cfg.batch_size - rest, cfg.batch_size - rest + world.size
         nearest = f"{below} or {above}" if below else str(above)
@@ -205,6 +208,29 @@ def _check_fsdp(cfg: DictConfig) -> None:
     if not OPTIMIZERS[name := cfg.optim.get("name", "adamw")].can_shard:
         others = ", ".join(other for other, kind in OPTIMIZERS.items() if kind.can_shard)
         raise ConfigError(f"optim={name} needs whole matrices, not trainer.strategy=fsdp: take ddp, or one of {others}")
+
+
+def _check_compile(cfg: DictConfig, world: World) -> None:
+    mode = compile_mode(cfg.trainer.get("compile", False))
+    if mode is None:
+        return
+    check_compiler()
+    if mode not in CUDA_GRAPHS:
+        return
+    if world.accelerator != "gpu":
+        raise ConfigError(f"trainer.compile={mode} makes CUDA graphs, which need a GPU: take true")
+    checkpointing = checkpointing_mode(cfg.model.get("grad_checkpointing", NONE))
+    # Weights that are gathered anew lie elsewhere; what is encoded again in backward overwrites what backward reads.
+    for key, value, bad in (
+        ("trainer.strategy", "fsdp", cfg.trainer.strategy == "fsdp"),
+        ("micro_batch_size", cfg.micro_batch_size, cfg.micro_batch_size is not None),
+        ("model.grad_checkpointing", checkpointing, checkpointing != NONE),
+    ):
+        if bad:
+            raise ConfigError(
+                f"trainer.compile={mode} makes CUDA graphs, which do not hold with {key}={value}:"
+                f" take trainer.compile={WITHOUT_GRAPHS[mode]}"
+            )
 
 
 def _check_logits(cfg: DictConfig) -> None:

@@ -81,7 +81,7 @@ def _remedy_of_compute(settings: Settings) -> str:
     if settings.precision == "32" and settings.bf16:
         return "trainer.precision=bf16-mixed"
     if settings.recomputes:
-        return "model.grad_checkpointing off, if memory suffices: blocks are computed twice"
+        return "model.grad_checkpointing=none, if memory suffices: blocks are computed twice"
     if settings.compiled is False:
         return "trainer.compile=true"
     if settings.encodes_twice:

@@ -69,7 +69,9 @@ def _hold_what_a_step_holds(module: ClipModule, images: Tensor, texts: Tensor, p
     held.append(torch.ones(rows, module.model.embed_dim, device=module.device))
     held.append(torch.ones(_MARGIN // 4, device=module.device))
     try:
-        with fast_attention(module.device), module.trainer.precision_plugin.train_step_context():
+        # Blocks that are compiled (trainer.compile) take about as much memory, but each size tried would be compiled.
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, fast_attention(module.device), module.trainer.precision_plugin.train_step_context():
             cached_backward(
                 module.model,
                 lambda *features: torch.stack([x.sum() for x in features if x.requires_grad]).sum(),

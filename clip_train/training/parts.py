@@ -21,6 +21,7 @@ from clip_train.errors import ConfigError
 from clip_train.losses.classification import ClassificationLoss
 from clip_train.models import DualEncoder, create_dual_encoder
 from clip_train.models.adaptation import classifies
+from clip_train.models.compiling import compile_blocks, compile_mode
 from clip_train.models.dual_encoder import AnyTextTower
 from clip_train.models.float8 import check_float8, use_float8
 from clip_train.models.text_config import TextConfig
@@ -52,6 +53,8 @@ def make_module(cfg: DictConfig, clock: Clock, model: Any, adapter_only: bool = 
     micro_batch_size = None if cfg.micro_batch_size == "auto" else cfg.micro_batch_size
     optim, schedule, loss = plain(cfg.optim), plain(cfg.schedule), make_loss(cfg)
     teacher = make_teacher(cfg, model.batch_keys)
+    if mode := compile_mode(cfg.trainer.get("compile", False)):
+        compile_blocks(model, mode)
     return ClipModule(model, loss, optim, clock, cfg.seed, micro_batch_size, schedule, adapter_only, teacher)
 
 

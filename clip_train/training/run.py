@@ -134,6 +134,7 @@ def _summary(trainer: L.Trainer, plan: RunPlan, callbacks: RunCallbacks) -> dict
         "parameters": sum(p.numel() for p in module.parameters()),
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "micro_batch_size": module.micro_batch_size,
+        "compile_seconds": callbacks.compiling.seconds if callbacks.compiling else None,
         "longest_checkpoint_stall_seconds": callbacks.checkpointing.longest_stall,
         "rollbacks": callbacks.guard.rollbacks,
         "metrics": {**metrics.latest, **callbacks.validation.latest},

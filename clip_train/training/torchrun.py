@@ -70,7 +70,8 @@ def _invite(agent: Store, port: int, start: int, world_size: int) -> None:
     present = [f"present/{rank}" for rank in range(1, world_size)]
     while present:
         names = [name.decode() for name in agent.multi_get(present)]
-        agent.multi_set([f"invitation/{name}" for name in names], [f"{port} {start}"] * len(names))
+        for name in names:
+            agent.set(f"invitation/{name}", f"{port} {start}")
         if agent.check([f"coming/{start}/{name}" for name in names]):
             return
         if time.monotonic() > deadline:

@@ -21,7 +21,9 @@ from step_contenders import OPEN_CLIP_NAMES, Sample, StepJob, measure_step, real
 from clip_train.data.files import write_atomic
 
 _OURS, _CACHED, _THEIRS = "ours, whole batch", "ours, cached", "open_clip, whole batch"
+_COMPILED = "ours, compiled"
 _HEADER = ("model", "batch", "threads", "ours s", "open_clip s", "ours / open_clip", "4 micro-batches / whole")
+_COMPILED_HEADER = "compiled / ours"
 
 NOTES = """
 Medians over rounds; ratios are taken round by round. Captions are those of {captions}. open_clip's pixels are
@@ -36,15 +38,16 @@ def main() -> None:
     machine += f"- device: {args.device}, precision: {args.precision}, rounds: {args.rounds}\n"
     print(machine)
     captions = real_captions(max(args.batch))
+    header = [*_HEADER, *([_COMPILED_HEADER] if args.compile else [])]
     rows = []
     for model in args.models:
         for batch in args.batch:
             for count in threads:
                 rows.append(_row(model, batch, count, _rounds(args, model, batch, count, captions)))
-                print(markdown_table(_HEADER, rows[-1:]), flush=True)
+                print(markdown_table(header, rows[-1:]), flush=True)
     mean = statistics.mean(len(caption.split()) for caption in captions)
     notes = NOTES.format(captions=f"real pictures, {mean:.1f} words on average")
-    report = f"{machine}\n{markdown_table(_HEADER, rows)}{notes}"
+    report = f"{machine}\n{markdown_table(header, rows)}{notes}"
     print(report)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -55,6 +58,7 @@ def _rounds(
     args: argparse.Namespace, model: str, batch: int, threads: int, captions: Sequence[str]
 ) -> list[dict[str, Sample]]:
     contenders = [_OURS, _THEIRS, *([_CACHED] if threads == 1 and batch >= 4 else [])]
+    contenders += [_COMPILED] if args.compile else []
     found = []
     for number in range(1, args.rounds + 1):
         found.append({})
@@ -76,7 +80,8 @@ def _row(model: str, batch: int, threads: int, rounds: Sequence[dict[str, Sample
         return f"{statistics.median(one[name].seconds / one[base].seconds for one in rounds):.2f}"
 
     figures = [seconds(_OURS), seconds(_THEIRS), ratio(_OURS, _THEIRS), ratio(_CACHED, _OURS)]
-    return [model, str(batch), str(threads), *figures]
+    compiled = [ratio(_COMPILED, _OURS)] if _COMPILED in rounds[0] else []
+    return [model, str(batch), str(threads), *figures, *compiled]
 
 
 def _arguments() -> argparse.Namespace:
@@ -87,6 +92,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["32", "bf16"], help="bf16 where the device multiplies in it, else 32")
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes per contender (%(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="timed steps per process (%(default)s)")
+    parser.add_argument("--compile", action="store_true", help="ours with trainer.compile=true, too")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write step.md")
     args = parser.parse_args()
     if unknown := set(args.models) - set(OPEN_CLIP_NAMES):

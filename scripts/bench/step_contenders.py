@@ -26,6 +26,7 @@ from clip_train.data.shards import expand_shards
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder
+from clip_train.models.compiling import compile_blocks
 from clip_train.models.cpu_attention import fast_attention
 from clip_train.models.text_lengths import with_lengths
 from clip_train.training.cached_gradients import cached_backward
@@ -125,8 +126,10 @@ def _autocast(job: StepJob) -> torch.autocast:
     return torch.autocast(job.device.partition(":")[0], torch.bfloat16, enabled=job.precision == "bf16")
 
 
-def _ours(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
+def _ours(job: StepJob, micro_batch: int | None, compiled: bool = False) -> Callable[[], None]:
     encoder = create_dual_encoder(**model_config(job.model)).to(job.device)
+    if compiled:
+        compile_blocks(encoder)
     optimizer = build_optimizer(encoder, _ADAMW, fused=True)
     pixels, ids = _batch(job)
     inputs: Any = (pixels.to(job.device), with_lengths(ids.to(job.device), ids, encoder.text))
@@ -194,6 +197,7 @@ def _open_clip(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
 CONTENDERS: dict[str, Callable[[StepJob], Callable[[], None]]] = {
     "ours, whole batch": lambda job: _ours(job, None),
     "ours, cached": lambda job: _ours(job, job.micro_batch),
+    "ours, compiled": lambda job: _ours(job, None, compiled=True),
     "open_clip, whole batch": lambda job: _open_clip(job, None),
     "open_clip, --accum-freq": lambda job: _open_clip(job, job.micro_batch),
 }

@@ -115,13 +115,15 @@ def test_values_of_the_loss_and_the_micro_batch(fail, setting, message):
         ("optim=lion +optim.state=bf16", "optim.state=bf16 is for optim=adamw, not for optim=lion"),
         ("optim.state=8bit trainer.strategy=fsdp", "optim.state=8bit does not go with trainer.strategy=fsdp: take"),
         ("optim.state=bf16 trainer.precision=bf16-true", "optim.state=bf16 says nothing with trainer.precision"),
+        ("trainer.compile=fast", "trainer.compile=fast is none of false, true, default, reduce-overhead, max-autotune"),
+        ("trainer.compile=max-autotune", "trainer.compile=max-autotune makes CUDA graphs, which need a GPU: take true"),
         (
             "optim=muon trainer.strategy=fsdp",
             "optim=muon needs whole matrices, not trainer.strategy=fsdp: take ddp, or",
         ),
     ],
 )
-def test_values_of_the_optimizer_and_the_schedule(fail, settings, message):
+def test_values_of_the_optimizer_the_schedule_and_the_compiler(fail, settings, message):
     assert message in fail(*settings.split())
 
 

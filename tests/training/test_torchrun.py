@@ -47,11 +47,17 @@ def start(agent: dist.TCPStore, rank: int, restart_count: int) -> subprocess.Pop
     env = {**os.environ, **{name: str(value) for name, value in variables.items()}}
     pipe = subprocess.PIPE
     process = subprocess.Popen([sys.executable, "-c", PROCESS], env=env, stdin=pipe, stdout=pipe, text=True)
-    assert process.stdout.readline() == "imported\n"
+    assert answer(process) == "imported\n"
     return process
 
 
+def answer(process: subprocess.Popen) -> str:
+    assert process.stdout
+    return process.stdout.readline()
+
+
 def go_on(process: subprocess.Popen) -> None:
+    assert process.stdin
     process.stdin.write("\n")
     process.stdin.flush()
 
@@ -65,7 +71,7 @@ def test_a_restarted_rank_does_not_look_for_the_dead(agent):
             ranks[first].wait(1)  # for the other one
         go_on(ranks[second])
         for rank in ranks:
-            assert json.loads(rank.stdout.readline()) == [1, str(attempt)]
+            assert json.loads(answer(rank)) == [1, str(attempt)]
         for rank in ranks:
             go_on(rank)
             rank.wait(60)
