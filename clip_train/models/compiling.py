@@ -78,8 +78,13 @@ def _convolves(block: nn.Module) -> bool:
     return any(isinstance(part, nn.modules.conv._ConvNd) for part in block.modules())
 
 
-def check_compiler() -> None:
-    """Raises ConfigError if nothing can be compiled here: for a GPU, too, some C++ is."""
+def check_compiler(setting: str, otherwise: str) -> None:
+    """Raises ConfigError if nothing can be compiled here: for a GPU, too, some C++ is.
+
+    Args:
+        setting: that asks for it.
+        otherwise: the setting that does not.
+    """
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -87,8 +92,7 @@ def check_compiler() -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise ConfigError(
-            "trainer.compile needs a C++ compiler, and there is none: install g++, say in CXX where it is,"
-            " or give trainer.compile=false"
+            f"{setting} needs a C++ compiler, and there is none: install g++, say in CXX where it is, or give {otherwise}"
         ) from error
 
 

@@ -172,6 +172,8 @@ def check_config(cfg: DictConfig, world: World) -> None:
     _check_float8(cfg)
     _check_fsdp(cfg)
     _check_compile(cfg, world)
+    if cfg.optim.get("state") == "8bit":  # torchao's step is compiled
+        check_compiler("optim.state=8bit", "optim.state=bf16")
     if rest := cfg.batch_size % world.size:
         below, above = cfg.batch_size - rest, cfg.batch_size - rest + world.size
         nearest = f"{below} or {above}" if below else str(above)
@@ -214,7 +216,7 @@ def _check_compile(cfg: DictConfig, world: World) -> None:
     mode = compile_mode(cfg.trainer.get("compile", False))
     if mode is None:
         return
-    check_compiler()
+    check_compiler(f"trainer.compile={cfg.trainer.compile}", "trainer.compile=false")
     if mode not in CUDA_GRAPHS:
         return
     if world.accelerator != "gpu":

@@ -64,7 +64,7 @@ def largest_over_ranks(value: float) -> float:
 
 
 class PeakMemory:
-    """The most memory resident during a `with` block, above what was resident when it began.
+    """The most memory resident during a `with` block, above what was resident when it began; or allocated, on a GPU.
 
     Linux keeps the peak (VmHWM) and forgets it on request. Where that is not permitted the peak is that of the process
     so far, which is right if nothing before the block needed more.
@@ -75,8 +75,15 @@ class PeakMemory:
 
     bytes: int
 
+    def __init__(self, device: str = "cpu") -> None:
+        self._on_gpu = device != "cpu"
+
     def __enter__(self) -> "PeakMemory":
         gc.collect()
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return self
         with suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)  # else freed memory of a warm-up would be used again, uncounted
         with suppress(OSError):
@@ -85,7 +92,8 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bytes = max(_resident("VmHWM") - self._before, 0)
+        peak = torch.cuda.max_memory_allocated() if self._on_gpu else _resident("VmHWM")
+        self.bytes = max(peak - self._before, 0)
 
 
 def _resident(key: str) -> int:

@@ -65,7 +65,8 @@ def _rounds(
         for name in contenders:
             print(f"{model}, batch {batch}, round {number}: {name}", file=sys.stderr, flush=True)
             how = {"device": args.device, "precision": args.precision, "threads": threads, "steps": args.steps}
-            job = StepJob(name, model, batch, max(1, batch // 4), captions, **how)
+            contender = _OURS if name == _COMPILED else name
+            job = StepJob(contender, model, batch, max(1, batch // 4), captions, **how, compiled=name == _COMPILED)
             found[-1][name] = run_ranks(measure_step, 1, job)[0]
     return found
 

@@ -9,14 +9,11 @@ from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
-import open_clip
 import torch
 from hydra import compose, initialize_config_dir
 from loader_shards import SMALL_PHOTOS
 from measure import PeakMemory
 from omegaconf import OmegaConf
-from open_clip.loss import ClipLoss
-from open_clip_train.train import train_one_epoch
 from torch import Tensor
 
 from clip_train.data.demo import unpack_demo
@@ -26,8 +23,10 @@ from clip_train.data.shards import expand_shards
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder
+from clip_train.models.checkpointing import NONE
 from clip_train.models.compiling import compile_blocks
 from clip_train.models.cpu_attention import fast_attention
+from clip_train.models.float8 import use_float8
 from clip_train.models.text_lengths import with_lengths
 from clip_train.training.cached_gradients import cached_backward
 from clip_train.training.optimizer import build_optimizer
@@ -52,7 +51,8 @@ class StepJob:
         captions: texts, from which those of the batch are taken in turn.
         precision: `32`, or `bf16` for autocast.
         threads: of the processor.
-        steps: that are timed, after one that allocates the optimizer's state.
+        steps: that are timed, after those that allocate the optimizer's state and compile.
+        compiled, checkpointing, float8: of ours, as `trainer.compile`, `model.grad_checkpointing` and `trainer.float8`.
     """
 
     contender: str
@@ -64,6 +64,9 @@ class StepJob:
     precision: str = "32"
     threads: int = 1
     steps: int = 2
+    compiled: bool = False
+    checkpointing: str = NONE
+    float8: bool = False
 
 
 @dataclass
@@ -79,9 +82,10 @@ def measure_step(job: StepJob) -> Sample:
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
     step = CONTENDERS[job.contender](job)
-    step()
+    for _ in range(3 if job.compiled else 1):
+        step()
     seconds = []
-    with PeakMemory() as peak:
+    with PeakMemory(job.device) as peak:
         for _ in range(job.steps):
             _wait(job.device)
             begun = time.perf_counter()
@@ -92,7 +96,7 @@ def measure_step(job: StepJob) -> Sample:
 
 
 def _wait(device: str) -> None:
-    if device.startswith("cuda"):
+    if device != "cpu":
         torch.cuda.synchronize()
 
 
@@ -126,9 +130,12 @@ def _autocast(job: StepJob) -> torch.autocast:
     return torch.autocast(job.device.partition(":")[0], torch.bfloat16, enabled=job.precision == "bf16")
 
 
-def _ours(job: StepJob, micro_batch: int | None, compiled: bool = False) -> Callable[[], None]:
-    encoder = create_dual_encoder(**model_config(job.model)).to(job.device)
-    if compiled:
+def _ours(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
+    config = model_config(job.model) | {"grad_checkpointing": job.checkpointing}
+    encoder = create_dual_encoder(**config).to(job.device)
+    if job.float8:
+        use_float8(encoder)
+    if job.compiled:
         compile_blocks(encoder)
     optimizer = build_optimizer(encoder, _ADAMW, fused=True)
     pixels, ids = _batch(job)
@@ -168,6 +175,10 @@ class _Loader(list[tuple[Tensor, Tensor]]):
 
 def _open_clip(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
     """A step of open_clip's own training loop: an epoch of one step."""
+    import open_clip
+    from open_clip.loss import ClipLoss
+    from open_clip_train.train import train_one_epoch
+
     clip = open_clip.create_model(OPEN_CLIP_NAMES[job.model], output_dict=True, device=job.device)
     (pixels, ids), at_once = _batch(job), micro_batch or job.batch
     pieces = [slice(start, start + at_once) for start in range(0, job.batch, at_once)]
@@ -197,7 +208,6 @@ def _open_clip(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
 CONTENDERS: dict[str, Callable[[StepJob], Callable[[], None]]] = {
     "ours, whole batch": lambda job: _ours(job, None),
     "ours, cached": lambda job: _ours(job, job.micro_batch),
-    "ours, compiled": lambda job: _ours(job, None, compiled=True),
     "open_clip, whole batch": lambda job: _open_clip(job, None),
     "open_clip, --accum-freq": lambda job: _open_clip(job, job.micro_batch),
 }

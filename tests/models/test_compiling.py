@@ -238,5 +238,5 @@ def test_what_the_switch_may_say(monkeypatch):
         raise InvalidCxxCompiler
 
     monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", none)
-    with pytest.raises(ConfigError, match=r"trainer\.compile needs a C\+\+ compiler"):
-        compiling.check_compiler()
+    with pytest.raises(ConfigError, match=r"trainer\.compile=true needs a C\+\+ compiler"):
+        compiling.check_compiler("trainer.compile=true", "trainer.compile=false")

@@ -43,7 +43,7 @@ REMEDIES = [
     ("communication", {"exchange": "ring", "strategy": "fsdp"}, "loss.exchange=gather"),
     ("compute", {"precision": "32"}, "trainer.precision=bf16-mixed"),
     ("compute", {"precision": "32", "bf16": False}, "trainer.compile=true"),
-    ("compute", {"recomputes": True}, "model.grad_checkpointing off"),
+    ("compute", {"recomputes": True}, "model.grad_checkpointing=none"),
     ("compute", {"compiled": True, "encodes_twice": True}, "a larger micro_batch_size"),
     ("compute", {"compiled": True}, "nothing but more devices"),
     ("compute", {"compiled": True, "strategy": "fsdp"}, "trainer.strategy=ddp"),
