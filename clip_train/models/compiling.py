@@ -92,7 +92,8 @@ def check_compiler(setting: str, otherwise: str) -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise ConfigError(
-            f"{setting} needs a C++ compiler, and there is none: install g++, say in CXX where it is, or give {otherwise}"
+            f"{setting} needs a C++ compiler, and there is none: install g++, say in CXX where it is,"
+            f" or give {otherwise}"
         ) from error
 
 

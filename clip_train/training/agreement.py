@@ -15,6 +15,7 @@ from clip_train.errors import DataError
 from clip_train.training.bad_samples import BadSamples
 from clip_train.training.module import ClipModule
 from clip_train.training.signals import stop_requested
+from clip_train.training.step_times import COMMUNICATION
 
 
 @dataclass
@@ -60,7 +61,8 @@ class RankAgreement(Callback):
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: ClipModule, batch: Batch, batch_idx: int) -> None:
         signalled = stop_requested() is not None
         local = [bool(batch["error"]), signalled, len(batch["bad"]), *(vote.ask() for vote in self.votes)]
-        failed, signalled, bad, *totals = self._sum(local)
+        with pl_module.times.part(COMMUNICATION):
+            failed, signalled, bad, *totals = self._sum(local)
         for vote, total in zip(self.votes, totals, strict=True):
             vote.total = total
         if failed:

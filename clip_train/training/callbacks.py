@@ -17,7 +17,7 @@ from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.data.eval_batches import EvalBatches
 from clip_train.evaluation.feature_cache import features_key
-from clip_train.models.checkpointing import NONE, checkpointing_mode
+from clip_train.models.checkpointing import BLOCKS, NONE, checkpointing_mode
 from clip_train.models.compiling import compile_mode
 from clip_train.models.linear_probe import LinearProbe
 from clip_train.training.agreement import RankAgreement
@@ -126,7 +126,8 @@ def make_callbacks(plan: RunPlan, rank_log: RankLog, console: Console) -> RunCal
     progress = ProgressDisplay(metrics, console)
     # The average takes memory, so that it comes before the search; that comes before anything is timed.
     in_order = [watchdog, start, *probe, *([average] if average else []), *search, guard, bad_samples, staging]
-    in_order += [agreement, *([compiling] if compiling else []), metrics, *sample_log, checkpointing, progress]
+    # Metrics before the agreement, or waiting for other ranks there would be waiting for data.
+    in_order += [*([compiling] if compiling else []), metrics, agreement, *sample_log, checkpointing, progress]
     in_order += [validation, trial, *_profile(plan, metrics)]
     return RunCallbacks(guard, metrics, checkpointing, trial, agreement, validation, compiling, in_order)
 
@@ -183,7 +184,7 @@ def _speed_settings(plan: RunPlan) -> Settings:
         precision=str(cfg.trainer.precision),
         bf16=not on_cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         compiled=cfg.trainer.get("compile"),
-        recomputes=checkpointing_mode(cfg.model.get("grad_checkpointing", NONE)) != NONE,
+        recomputes=checkpointing_mode(cfg.model.get("grad_checkpointing", NONE)) == BLOCKS,
         encodes_twice=isinstance(micro_batch_size, int) and micro_batch_size < cfg.batch_size // plan.world.size,
         strategy=str(cfg.trainer.strategy),
         exchange=cfg.loss.get("exchange"),

@@ -168,9 +168,8 @@ class Checkpointing(Callback):
         return (path, (manifest or read_manifest(path)).samples_seen) if path else None
 
     def _save(self, trainer: L.Trainer, pl_module: ClipModule, metrics: Mapping[str, float] | None = None) -> None:
-        self.metrics.flush(trainer)
-        start = time.perf_counter()
-        with self.metrics.paused():
+        with self.metrics.paused(trainer):
+            start = time.perf_counter()
             self.writer.wait()
             state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             if self.writer.rank < self.writer.ranks:
@@ -179,6 +178,6 @@ class Checkpointing(Callback):
                 self.writer.write(snapshot, about)
             if not self.asynchronous:
                 self.writer.wait()
+            self.longest_stall = max(self.longest_stall, time.perf_counter() - start)
         self._due = self._milestone_due = False
         self._saved_samples, self._saved_at = pl_module.samples_seen, time.monotonic()
-        self.longest_stall = max(self.longest_stall, time.perf_counter() - start)

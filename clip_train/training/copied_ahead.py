@@ -9,17 +9,15 @@ import torch
 from clip_train.data.batches import Batch
 
 
-@dataclass(frozen=True)
 class SentBatch:
-    """A batch whose copy to the device has begun.
+    """A batch whose copy to the device has begun. (No dataclass: Lightning would look inside.)
 
-    Attributes:
+    Args:
         copied: recorded on the stream of the copy, behind it.
     """
 
-    batch: Batch
-    device: torch.device
-    copied: Any
+    def __init__(self, batch: Batch, device: torch.device, copied: Any) -> None:
+        self.batch, self.device, self.copied = batch, device, copied
 
     def arrived(self) -> Batch:
         """The batch, for what is computed from now on: the device waits for the copy, the host does not."""

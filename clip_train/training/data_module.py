@@ -11,7 +11,7 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from clip_train.data.augmentation import Augmentation
-from clip_train.data.batches import TrainBatches
+from clip_train.data.batches import Batch, TrainBatches
 from clip_train.data.class_names import ClassNames, read_class_names
 from clip_train.data.eval_batches import EvalBatches
 from clip_train.data.feature_batches import FeatureBatches
@@ -196,8 +196,13 @@ class ClipDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> CopiedAhead:
         """The stream from the module's position on."""
-        module = cast(ClipModule, cast(L.Trainer, self.trainer).lightning_module)
-        return CopiedAhead(self._loader(module), module.send, module.device)
+        trainer = cast(L.Trainer, self.trainer)
+        module = cast(ClipModule, trainer.lightning_module)
+
+        def send(batch: Batch) -> Batch:
+            return module.send(trainer.precision_plugin.convert_input(batch))  # as Lightning would
+
+        return CopiedAhead(self._loader(module), send, module.device)
 
     def _loader(self, module: ClipModule) -> DataLoader:
         starts = BatchStarts(module.position, self.batch_size)

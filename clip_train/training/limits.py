@@ -21,7 +21,7 @@ class Settings:
     Attributes:
         precision: `trainer.precision`; `bf16` is whether the device multiplies in it.
         compiled: `trainer.compile`; None if there is no such key.
-        recomputes: blocks are, in backward.
+        recomputes: whole blocks are, in backward.
         encodes_twice: the local batch goes through in micro-batches.
         strategy: `ddp` or `fsdp`.
         exchange: `loss.exchange`, if the loss has it.
@@ -116,7 +116,7 @@ class LimitLine:
         """What to log, if anything.
 
         Args:
-            steps: of the run so far.
+            steps: timed since the run was started or resumed.
             parts, step, lag: as of `limit_of`.
             loader: as of `remedy`.
             last: there will be no other time to say it.

@@ -109,8 +109,9 @@ class TrainMetrics(Callback):
         self.flush(trainer)
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave what happens inside, saving or evaluating, out of speed and waiting."""
+    def paused(self, trainer: L.Trainer) -> Iterator[None]:
+        """Leave what happens inside, saving or evaluating, out of speed and waiting. Raises as `flush` does."""
+        self.flush(trainer)  # what the device has yet to do would count as done, and its time would not
         beat()
         if self._stopped_at is not None:  # a checkpoint saved while evaluating
             yield
@@ -168,7 +169,7 @@ class TrainMetrics(Callback):
         step, parts = elapsed / steps, {part: seconds / steps for part, seconds in found.seconds.items()}
         if warmed_up and trainer.is_global_zero:
             advice, last = self.loader_times.advice(), trainer.should_stop
-            if line := self.limits.line(trainer.global_step, parts, step, found.lag, advice, last):
+            if line := self.limits.line(self._steps_timed, parts, step, found.lag, advice, last):
                 log.info("%s", line)
         return {f"train/time/{name}_ms": 1e3 * seconds for name, seconds in {"step": step, **parts}.items()}
 

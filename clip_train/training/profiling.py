@@ -31,7 +31,7 @@ class StepProfile(Callback):
     """
 
     def __init__(
-        self, steps: int, folder: Path, paused: Callable[[], AbstractContextManager[None]] = nullcontext
+        self, steps: int, folder: Path, paused: Callable[[L.Trainer], AbstractContextManager[None]] = nullcontext
     ) -> None:
         self.steps, self.folder, self.paused = steps, folder, paused
         self._seen = 0
@@ -46,7 +46,7 @@ class StepProfile(Callback):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._seen += 1
         if self._profile and self._seen >= _WARM_UP + self.steps:
-            with self.paused():
+            with self.paused(trainer):
                 self._write()
 
     def on_train_end(self, trainer, pl_module) -> None:

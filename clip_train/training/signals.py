@@ -36,8 +36,13 @@ def ignore_signals() -> None:
 
 
 def keep_handlers(trainer) -> None:
-    """Let a Lightning Trainer install none of its own: they broadcast and save in the middle of a step."""
+    """Let a Lightning Trainer install none of its own: they broadcast and save in the middle of a step.
+
+    Nor ask before each step whether they were called, by a broadcast that waits for the device to end the step before:
+    ranks agree on signals through the host (`RankAgreement`).
+    """
     trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
 def _note(number: int, frame: FrameType | None) -> None:

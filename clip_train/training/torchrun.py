@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from functools import cache
 from uuid import uuid4
 
-from torch.distributed import DistStoreError, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, DistStoreError, PrefixStore, Store, TCPStore
 from torch.distributed.constants import default_pg_timeout
 
-from clip_train.errors import FaultError
+from clip_train.errors import FaultError, first_line
 
 _POLL = 0.1  # seconds
 
@@ -43,35 +43,38 @@ def meet(rank: int, world_size: int) -> Stores | None:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    agent = PrefixStore("clip_train", TCPStore(host, port, is_master=False, timeout=default_pg_timeout))
     own = None
     try:
+        agent = PrefixStore("clip_train", TCPStore(host, port, is_master=False, timeout=default_pg_timeout))
         if rank == 0:
             own = TCPStore(host, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
-            port, starts = own.port, agent.add("starts", 1)
-            _invite(agent, port, starts, world_size)
+            start = agent.add("starts", 1)
+            # The store is a new one if the node that had it is lost: then this node's count knows more.
+            restarts = max(start - 1, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+            port = own.port
+            _invite(agent, start, f"{start} {port} {restarts}", world_size)
         else:
-            port, starts = _accept(agent, rank)
-    except DistStoreError as error:
-        raise FaultError("not all processes that torchrun should have started have come: see its messages") from error
+            port, restarts = _accept(agent, rank)
+    except DistError as error:
+        reason = f"{first_line(error)}: see torchrun's messages"
+        raise FaultError(f"the processes that torchrun has started do not find each other: {reason}") from error
     os.environ["MASTER_PORT"] = str(port)
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(starts - 1)
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restarts)
     return Stores(agent, own)
 
 
-def _invite(agent: Store, port: int, start: int, world_size: int) -> None:
+def _invite(agent: Store, start: int, invitation: str, world_size: int) -> None:
     """Tell every rank where to connect, until all have answered to this start.
 
-    Those of an earlier start have left names as well, and so may be invited, but they cannot answer: torchrun starts
-    nothing before all of them have ended.
+    Those of an earlier start have left names as well, and so may be invited, but they have ended and do not answer.
     """
     deadline = time.monotonic() + default_pg_timeout.total_seconds()
     present = [f"present/{rank}" for rank in range(1, world_size)]
     while present:
         names = [name.decode() for name in agent.multi_get(present)]
         for name in names:
-            agent.set(f"invitation/{name}", f"{port} {start}")
+            agent.set(f"invitation/{name}", invitation)
         if agent.check([f"coming/{start}/{name}" for name in names]):
             return
         if time.monotonic() > deadline:
@@ -80,9 +83,9 @@ def _invite(agent: Store, port: int, start: int, world_size: int) -> None:
 
 
 def _accept(agent: Store, rank: int) -> tuple[int, int]:
-    """The port and the number of the start that this rank is invited to."""
+    """The port and the number of restarts that this rank is told."""
     name = uuid4().hex
     agent.set(f"present/{rank}", name)
-    port, start = map(int, agent.get(f"invitation/{name}").split())
+    start, port, restarts = map(int, agent.get(f"invitation/{name}").split())
     agent.set(f"coming/{start}/{name}", "")
-    return port, start
+    return port, restarts

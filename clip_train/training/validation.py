@@ -76,7 +76,7 @@ class Validation(Callback):
 
     def _evaluate_if_due(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
         if passes(pl_module.samples_seen, pl_module.clock.batch_size, self.every_samples) and not trainer.should_stop:
-            with self.metrics.paused():
+            with self.metrics.paused(trainer):
                 self._evaluate(trainer, pl_module, final=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: ClipModule) -> None:

@@ -12,7 +12,7 @@ def test_a_trace_and_a_table_of_some_steps(tmp_path):
     written_at = []
 
     @contextmanager
-    def paused():
+    def paused(_):
         yield
         written_at.append((tmp_path / "profile" / "table.txt").exists())
 

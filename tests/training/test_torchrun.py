@@ -83,8 +83,28 @@ def test_ranks_that_do_not_come_are_an_error(agent, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torchrun, "default_pg_timeout", torchrun.default_pg_timeout / 1800)
     for rank in (0, 1):
-        with pytest.raises(FaultError, match="not all processes"):
+        with pytest.raises(FaultError, match="do not find each other"):
             torchrun.meet(rank, 2)
     agent.set("clip_train/present/1", "one that has died")
-    with pytest.raises(FaultError, match="not all processes"):
+    with pytest.raises(FaultError, match="do not find each other: nobody answers"):
         torchrun.meet(0, 2)
+
+
+def test_a_store_that_is_lost_is_an_error(monkeypatch):
+    agent = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    values = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "localhost", "MASTER_PORT": str(agent.port)}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torchrun, "default_pg_timeout", torchrun.default_pg_timeout / 900)
+    del agent
+    with pytest.raises(FaultError, match="do not find each other"):
+        torchrun.meet(1, 2)
+
+
+def test_a_new_store_does_not_make_a_restart_a_start(agent, monkeypatch):
+    values = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "localhost", "MASTER_PORT": str(agent.port)}
+    for name, value in {**values, "TORCHELASTIC_RESTART_COUNT": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert torchrun.meet(0, 1)
+    assert os.environ["TORCHELASTIC_RESTART_COUNT"] == "2"
+    torchrun.meet.cache_clear()
