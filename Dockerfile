@@ -53,9 +53,9 @@ RUN --mount=type=cache,target=/root/.cache --mount=type=secret,id=env --mount=ty
 FROM ${BASE_IMAGE}
 ARG DEVICE=cuda
 # tini passes signals on from process 1. On GPUs Triton compiles the launcher of its kernels with a C compiler
-# (without one the loss falls back to plain PyTorch), and NCCL talks to InfiniBand through libibverbs.
+# (without one the loss falls back to plain PyTorch), trainer.compile wants one of C++, and NCCL talks to InfiniBand through libibverbs.
 RUN set -eu; \
-    [ "${DEVICE}" = cpu ] || set -- gcc libc6-dev libibverbs1 ibverbs-providers; \
+    [ "${DEVICE}" = cpu ] || set -- g++ libibverbs1 ibverbs-providers; \
     apt-get update; apt-get install -y --no-install-recommends tini "$@"; rm -rf /var/lib/apt/lists/*
 
 COPY --from=dependencies /opt/venv /opt/venv

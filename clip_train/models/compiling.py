@@ -4,6 +4,9 @@ Compiled in place, so that weights keep their names, and block by block (regiona
 block, and checkpointing, FSDP and what changes blocks work between them as they do without.
 """
 
+import logging
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +20,11 @@ MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagrap
 # Those that make CUDA graphs, and what is left of them without.
 WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 CUDA_GRAPHS = tuple(WITHOUT_GRAPHS)
-# Compilations of one block's code. torch's 8 are fewer than a convolutional network has widths; what is over would run
-# uncompiled.
-_MOST_VARIANTS = 64
+# Compilations of one piece of code. torch's 8 are fewer than a convolutional network has widths, or a tower rates of
+# stochastic depth, each with gradients, without and in evaluation; what is over would run uncompiled.
+_MOST_VARIANTS = 256
+# They warn of a missing CUDA toolkit, which no processor needs, and of selective checkpoints (models/checkpointing.py).
+_NOISY = ("torch.utils.cpp_extension", "torch._dynamo.variables.higher_order_ops")
 
 
 def compile_mode(choice: bool | str) -> str | None:
@@ -52,14 +57,12 @@ def compile_blocks(model: nn.Module, mode: str = "default", backend: str = "indu
         tower: Any = getattr(model, name, None)
         if tower is None:
             continue
-        if getattr(tower, "length_multiple", None) is not None:
-            tower.least_group = 2  # a size of 1 is compiled apart
         own = mode if name == "vision" else WITHOUT_GRAPHS.get(mode, mode)
         options = _options(own) if backend == "inductor" else {}
         for block in innermost_blocks(tower):
             # Not first for one shape and then for any, as is torch's default: where both fit, a block that is computed
             # again for its checkpoint may meet the other (pytorch/pytorch#166926).
-            block.compile(backend=backend, dynamic=not _convolves(block), options=options)
+            block.compile(backend=backend, dynamic=not convolves(block), options=options)
         if own in CUDA_GRAPHS:
             # What the step before left in the graphs' memory is done with.
             tower.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
@@ -70,11 +73,14 @@ def _set_up_dynamo() -> None:
     # It would cut blocks at the buckets of DDP, beside which they are small, and refuses those with checkpoints.
     config.optimize_ddp = False
     config.recompile_limit = max(_MOST_VARIANTS, config.recompile_limit)
+    config.accumulated_recompile_limit = max(_MOST_VARIANTS, config.accumulated_recompile_limit)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     # Or sizes that are equal by chance at first would have to stay so, and all be compiled again when they are not.
     shape_config.use_duck_shape = False
 
 
-def _convolves(block: nn.Module) -> bool:
+def convolves(block: nn.Module) -> bool:
     return any(isinstance(part, nn.modules.conv._ConvNd) for part in block.modules())
 
 
@@ -88,12 +94,14 @@ def check_compiler(setting: str, otherwise: str) -> None:
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        raise ConfigError(f"{setting} needs Python's headers, and {header} is not there: install them, or {otherwise}")
     try:
         get_cpp_compiler()
     except InvalidCxxCompiler as error:
         raise ConfigError(
-            f"{setting} needs a C++ compiler, and there is none: install g++, say in CXX where it is,"
-            f" or give {otherwise}"
+            f"{setting} needs a C++ compiler, and there is none: install g++, say in CXX where it is, or {otherwise}"
         ) from error
 
 

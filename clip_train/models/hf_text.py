@@ -45,7 +45,6 @@ class HFTextTower(nn.Module):
 
     Attributes:
         one_group: all texts of a batch at the length of its longest.
-        least_group: texts that go through together at least, where a batch has so many.
     """
 
     end_id: int | None = None
@@ -72,7 +71,7 @@ class HFTextTower(nn.Module):
         if self.pad_id is None:
             raise ConfigError(f"model.text.name={name}: its config has no pad_token_id; give it in model.text.options")
         short = config.model_type in _HEED_NO_PADDING
-        self.length_multiple, self.one_group, self.least_group = length_multiple if short else None, False, 1
+        self.length_multiple, self.one_group = length_multiple if short else None, False
         self.vocab_size: int = config.get_text_config().vocab_size
         self.pool = pool
         self.trunk = _make_encoder(name, config, pretrained)
@@ -82,7 +81,7 @@ class HFTextTower(nn.Module):
         )
 
     def forward(self, ids: Int64[Tensor, "b context"] | TokenIds) -> Float[Tensor, "b embed"]:
-        return encode_by_length(self._encode, ids, self.length_multiple, self.measure, self.one_group, self.least_group)
+        return encode_by_length(self._encode, ids, self.length_multiple, self.measure, self.one_group)
 
     def measure(self, ids: Int64[Tensor, "b context"]) -> Int64[np.ndarray, " b"]:
         """Tokens of each text up to the last that is no padding, of ids on the host."""

@@ -54,6 +54,7 @@ def with_lengths(
 # What a call of the tower costs beside its tokens, about as much as so many tokens: on a processor the gradients of its
 # weights, which are added up once more; on a GPU the starting of its kernels.
 CALL_COST = 512
+_LEAST_GROUP = 2  # texts, where there are so many: torch.compile compiles a size of 1 apart
 
 Encode = Callable[[Int64[Tensor, "some length"]], Float[Tensor, "some embed"]]
 
@@ -64,7 +65,6 @@ def encode_by_length(
     multiple: int | None,
     measure: Callable[[Tensor], Int64[np.ndarray, " b"]],
     one_group: bool = False,
-    least_group: int = 1,
 ) -> Float[Tensor, "b embed"]:
     """What `encode` makes of the texts in groups of similar length, each cut to its longest, in the texts' own order.
 
@@ -75,14 +75,13 @@ def encode_by_length(
         multiple: lengths are rounded up to one of so many tokens, so that a compiled tower meets few shapes.
         measure: the lengths of texts on the host.
         one_group: all texts at the longest of their lengths, in one call.
-        least_group: texts in a group, if there are so many.
     """
     if isinstance(ids, Tensor) and multiple is not None and _can_measure(ids):
         ids = TokenIds(ids, measure(ids))
     if isinstance(ids, Tensor) or multiple is None:
         return encode(ids if isinstance(ids, Tensor) else ids.ids)
     padded = np.minimum(-(-ids.lengths // multiple) * multiple, ids.ids.shape[1])
-    groups = _groups(padded, one_group, least_group)
+    groups = _groups(padded, one_group)
     if len(groups) == 1:
         return encode(ids.ids[:, : groups[0].length])
     order = np.argsort(padded, kind="stable")
@@ -96,18 +95,18 @@ class _Group(NamedTuple):
     texts: int
 
 
-def _groups(padded: Int64[np.ndarray, " b"], one: bool, least: int) -> list[_Group]:
+def _groups(padded: Int64[np.ndarray, " b"], one: bool) -> list[_Group]:
     """In the order of their lengths. Few texts join those of the next length, if that is cheaper than a call."""
     lengths, counts = np.unique(padded, return_counts=True)
     groups, padding = [_Group(int(lengths[-1]), int(counts[-1]))], 0
     for length, count in zip(lengths[-2::-1].tolist(), counts[-2::-1].tolist()):
         padding += count * (groups[0].length - length)
-        if one or padding <= CALL_COST or groups[0].texts < least:
+        if one or padding <= CALL_COST or groups[0].texts < _LEAST_GROUP:
             groups[0] = _Group(groups[0].length, groups[0].texts + count)
         else:
             groups.insert(0, _Group(length, count))
             padding = 0
-    if len(groups) > 1 and groups[0].texts < least:
+    if len(groups) > 1 and groups[0].texts < _LEAST_GROUP:
         shortest, longer, *others = groups
         return [_Group(longer.length, shortest.texts + longer.texts), *others]
     return groups

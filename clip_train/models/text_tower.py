@@ -33,7 +33,6 @@ class TextTower(nn.Module):
 
     Attributes:
         one_group: all texts of a batch at the length of its longest.
-        least_group: texts that go through together at least, where a batch has so many.
     """
 
     pad_id: int | None = None  # any will do
@@ -53,7 +52,7 @@ class TextTower(nn.Module):
         length_multiple: int | None = None,
     ) -> None:
         super().__init__()
-        self.length_multiple, self.one_group, self.least_group = length_multiple, False, 1
+        self.length_multiple, self.one_group = length_multiple, False
         self.vocab_size, self.end_id = vocab_size, vocab_size - 1
         self.trunk = create_clip_text(
             width, layers, heads, context_length, vocab_size, mlp_ratio, quick_gelu, embed_dim
@@ -70,7 +69,7 @@ class TextTower(nn.Module):
         init_text_transformer(self.trunk)
 
     def forward(self, ids: Int64[Tensor, "b context"] | TokenIds) -> Float[Tensor, "b embed"]:
-        return encode_by_length(self._encode, ids, self.length_multiple, self.measure, self.one_group, self.least_group)
+        return encode_by_length(self._encode, ids, self.length_multiple, self.measure, self.one_group)
 
     def measure(self, ids: Int64[Tensor, "b context"]) -> Int64[np.ndarray, " b"]:
         """Tokens of each text, of ids on the host."""

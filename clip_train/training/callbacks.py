@@ -18,7 +18,8 @@ from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.data.eval_batches import EvalBatches
 from clip_train.evaluation.feature_cache import features_key
 from clip_train.models.checkpointing import BLOCKS, NONE, checkpointing_mode
-from clip_train.models.compiling import compile_mode
+from clip_train.models.compiling import compile_mode, convolves
+from clip_train.models.layers import innermost_blocks
 from clip_train.models.linear_probe import LinearProbe
 from clip_train.training.agreement import RankAgreement
 from clip_train.training.bad_samples import BadSamples
@@ -180,10 +181,11 @@ def _metrics(plan: RunPlan, bad_samples: BadSamples, staging: ShardStaging, guar
 def _speed_settings(plan: RunPlan) -> Settings:
     cfg, on_cpu = plan.cfg, plan.world.accelerator == "cpu"
     micro_batch_size = cfg.micro_batch_size  # auto is the most that fit
+    convolutional = any(convolves(block) for block in innermost_blocks(plan.module.model.vision))
     return Settings(
         precision=str(cfg.trainer.precision),
         bf16=not on_cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        compiled=cfg.trainer.get("compile"),
+        compiled=None if convolutional else compile_mode(cfg.trainer.get("compile", False)) is not None,
         recomputes=checkpointing_mode(cfg.model.get("grad_checkpointing", NONE)) == BLOCKS,
         encodes_twice=isinstance(micro_batch_size, int) and micro_batch_size < cfg.batch_size // plan.world.size,
         strategy=str(cfg.trainer.strategy),

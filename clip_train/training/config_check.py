@@ -173,7 +173,7 @@ def check_config(cfg: DictConfig, world: World) -> None:
     _check_fsdp(cfg)
     _check_compile(cfg, world)
     if cfg.optim.get("state") == "8bit":  # torchao's step is compiled
-        check_compiler("optim.state=8bit", "optim.state=bf16")
+        check_compiler("optim.state=8bit", "give optim.state=bf16")
     if rest := cfg.batch_size % world.size:
         below, above = cfg.batch_size - rest, cfg.batch_size - rest + world.size
         nearest = f"{below} or {above}" if below else str(above)
@@ -216,9 +216,12 @@ def _check_compile(cfg: DictConfig, world: World) -> None:
     mode = compile_mode(cfg.trainer.get("compile", False))
     if mode is None:
         return
-    check_compiler(f"trainer.compile={cfg.trainer.compile}", "trainer.compile=false")
-    if mode not in CUDA_GRAPHS:
-        return
+    if mode in CUDA_GRAPHS:
+        _check_graphs(cfg, world, mode)
+    check_compiler(f"trainer.compile={cfg.trainer.compile}", "give trainer.compile=false")
+
+
+def _check_graphs(cfg: DictConfig, world: World, mode: str) -> None:
     if world.accelerator != "gpu":
         raise ConfigError(f"trainer.compile={mode} makes CUDA graphs, which need a GPU: take true")
     checkpointing = checkpointing_mode(cfg.model.get("grad_checkpointing", NONE))

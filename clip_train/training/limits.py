@@ -20,7 +20,7 @@ class Settings:
 
     Attributes:
         precision: `trainer.precision`; `bf16` is whether the device multiplies in it.
-        compiled: `trainer.compile`; None if there is no such key.
+        compiled: `trainer.compile`; None where it does not pay.
         recomputes: whole blocks are, in backward.
         encodes_twice: the local batch goes through in micro-batches.
         strategy: `ddp` or `fsdp`.
