@@ -50,21 +50,18 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
 def innermost_blocks(tower: nn.Module) -> list[nn.Module]:
     """What a tower is made of, without what is itself made of blocks, as a convolutional network's stages are.
 
-    A block is in a row, and has two weights of products or more: a row of single layers is a part of a block. It is a
-    stage instead if the blocks inside hold most of its weights; fewer, such as the windows' attention that a block has
-    beside its convolutions, are a part of it. RegNet's are in no row, but attributes of one type.
+    A block is in a row, and has two layers with matrices or more: a row of single layers is a part of a block. It is a
+    stage instead if the blocks inside hold more than half of its weights. RegNet's blocks are in no row, but attributes
+    of one type.
     """
-    return _inside(tower, _in_list) or _inside(tower, _alike)
+    return list(dict.fromkeys(_inside(tower, _in_list) or _inside(tower, _alike)))
 
 
 def _inside(module: nn.Module, row: Callable[[nn.Module], Sequence[nn.Module]]) -> list[nn.Module]:
-    members = {
-        part for part in row(module) if type(part).forward is not nn.Module.forward
-    }  # a ModuleList is not called
-    found: list[nn.Module] = []
+    members, found = set(row(module)), []
     for part in module.children():
-        inner = _inside(part, row)
-        is_block = part in members and 2 * _size(inner) <= _size([part]) and _matrices(part) >= 2
+        inner, is_called = _inside(part, row), type(part).forward is not nn.Module.forward  # unlike a ModuleList
+        is_block = part in members and is_called and 2 * _size(inner) <= _size([part]) and _matrices(part) >= 2
         found += [part] if is_block else inner
     return found
 
