@@ -15,8 +15,8 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from clip_train.errors import ConfigError
-from clip_train.models.layers import blocks_of, innermost_blocks
+from clip_train.errors import ConfigError, first_line
+from clip_train.models.layers import innermost_blocks
 
 NONE, BLOCKS, SELECTIVE = "none", "blocks", "selective"
 MODES = (NONE, BLOCKS, SELECTIVE)
@@ -74,7 +74,7 @@ def checkpoint_blocks(tower: nn.Module, mode: str) -> None:
 
 def is_checkpointed(tower: nn.Module) -> bool:
     """Whether `checkpoint_blocks` was called on it."""
-    forwards = [block.forward for block in blocks_of(tower)]
+    forwards = [block.forward for block in innermost_blocks(tower)]
     return any(isinstance(forward, partial) and forward.func is _checkpointed for forward in forwards)
 
 
@@ -90,12 +90,19 @@ def _checkpointed(forward: Any, mode: str, *inputs: Any, **options: Any) -> Any:
     block = forward.__self__
     if not (block.training and torch.is_grad_enabled()):
         return forward(*inputs, **options)
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.training]
-    if norms and not torch.compiler.is_compiling():  # which computes again what has no effects
-        forward = _twice(forward, norms)
-    contexts = {"context_fn": partial(_contexts, type(block).__name__)} if mode == SELECTIVE else {}
+    name = type(block).__name__
+    if not torch.compiler.is_compiling():  # which computes again what has no effects
+        norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.training]
+        forward = _twice(forward, norms, f"model.grad_checkpointing={mode}: {name}")
+    contexts = {"context_fn": partial(_contexts, name)} if mode == SELECTIVE else {}
+    inputs, options = tuple(map(_as_it_is, inputs)), {key: _as_it_is(x) for key, x in options.items()}
     with _casting_anew():
         return checkpoint(forward, *inputs, use_reentrant=False, **contexts, **options)
+
+
+def _as_it_is(value: Any) -> Any:
+    """A list of its own: a dense network appends each block's output to the one that it gave the block."""
+    return value.copy() if type(value) in (list, dict) else value
 
 
 def _contexts(name: str) -> tuple[Any, Any]:
@@ -124,7 +131,7 @@ class _Policy:
             )
         if getattr(operator, "overloadpacket", None) not in _PRODUCTS or _drops(schema, args, kwargs):
             return CheckpointPolicy.PREFER_RECOMPUTE
-        found = context.op_output
+        found = getattr(context, "op_output", None)  # before torch 2.12 only autograd finds what is overwritten
         self._kept |= {_storage(x) for x in (found if isinstance(found, tuple) else (found,)) if isinstance(x, Tensor)}
         return CheckpointPolicy.MUST_SAVE
 
@@ -145,19 +152,34 @@ def _drops(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return bool({**dict(zip(names, args)), **kwargs}.get("dropout_p"))
 
 
-def _twice(forward: Callable[..., Any], norms: list[_BatchNorm]) -> Callable[..., Any]:
+def _twice(forward: Callable[..., Any], norms: list[_BatchNorm], what: str) -> Callable[..., Any]:
     """The same, but that batch norms note the statistics of a batch once: not again when it is computed again."""
     done = False
 
     def run(*inputs: Any, **options: Any) -> Any:
         nonlocal done
         if done:
-            with _noting_nothing(norms):
+            with _noting_nothing(norms), _refusing(what):
                 return forward(*inputs, **options)
         done = True
         return forward(*inputs, **options)
 
     return run
+
+
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """A block that cannot be computed again has changed something for itself, such as a cache or a range that it notes.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError, torch.distributed.DistError):  # of the machine
+        raise
+    except RuntimeError as error:
+        raise ConfigError(f"{what} cannot be computed again ({first_line(error)}); give {NONE}") from error
 
 
 @contextmanager

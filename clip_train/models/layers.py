@@ -1,5 +1,7 @@
 """How deep in its tower a parameter lies, and what a tower repeats."""
 
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import cast
 
 from timm.models import group_parameters
@@ -10,6 +12,7 @@ from clip_train.errors import ConfigError
 from clip_train.models.fast_layers import PatchProjection
 
 _PRODUCTS = (nn.Linear, NonDynamicallyQuantizableLinear, nn.MultiheadAttention, nn.Conv2d, PatchProjection)
+_LISTS = (nn.ModuleList, nn.ModuleDict)
 
 
 def layer_numbers(tower: nn.Module) -> dict[str, int]:
@@ -45,10 +48,42 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
 
 
 def innermost_blocks(tower: nn.Module) -> list[nn.Module]:
-    """The blocks without those that are made of others, as a convolutional network's stages are."""
-    blocks = blocks_of(tower)
-    known = set(blocks)
-    return [block for block in blocks if not any(part in known for part in block.modules() if part is not block)]
+    """What a tower is made of, without what is itself made of blocks, as a convolutional network's stages are.
+
+    A block is in a row, and has two layers with matrices or more: a row of single layers is a part of a block. It is a
+    stage instead if the blocks inside hold more than half of its weights. RegNet's blocks are in no row, but attributes
+    of one type.
+    """
+    return list(dict.fromkeys(_inside(tower, _in_list) or _inside(tower, _alike)))
+
+
+def _inside(module: nn.Module, row: Callable[[nn.Module], Sequence[nn.Module]]) -> list[nn.Module]:
+    members, found = set(row(module)), []
+    for part in module.children():
+        inner, is_called = _inside(part, row), type(part).forward is not nn.Module.forward  # unlike a ModuleList
+        is_block = part in members and is_called and 2 * _size(inner) <= _size([part]) and _matrices(part) >= 2
+        found += [part] if is_block else inner
+    return found
+
+
+def _in_list(module: nn.Module) -> Sequence[nn.Module]:
+    parts = list(module.children())
+    alike = len({type(part) for part in parts}) == 1  # or they are parts of a block, as T5's are
+    return parts if isinstance(module, nn.Sequential) or (alike and isinstance(module, _LISTS)) else []
+
+
+def _alike(module: nn.Module) -> Sequence[nn.Module]:
+    kinds = Counter(type(part) for part in module.children())
+    return [part for part in module.children() if kinds[type(part)] > 1]
+
+
+def _size(modules: Sequence[nn.Module]) -> int:
+    return sum(p.numel() for p in {p for module in modules for p in module.parameters()})
+
+
+def _matrices(module: nn.Module) -> int:
+    """Layers with weights of a product."""
+    return sum(any(p.ndim >= 2 for p in part.parameters(recurse=False)) for part in module.modules())
 
 
 def _longest_row(module: nn.Module) -> list[nn.Module]:

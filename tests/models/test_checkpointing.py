@@ -2,9 +2,11 @@
 
 import copy
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +24,7 @@ from clip_train.models.checkpointing import (
     checkpointing_mode,
 )
 from clip_train.models.cpu_attention import fast_attention
-from clip_train.models.layers import repeated_blocks
+from clip_train.models.layers import innermost_blocks, repeated_blocks
 from clip_train.planning.activations import measure_footprint
 from clip_train.planning.towers import PlannedModel
 
@@ -184,13 +186,41 @@ def test_an_attention_that_drops_is_computed_again():
     assert decide(context, attention, *qkv, dropout_p=0.1) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
+# Rows of layers in blocks, of parts in blocks, and of branches; blocks of two kinds in a row; a row of one; in no row.
+@pytest.mark.parametrize(
+    "name",
+    ["res2net50_26w_4s", "focalnet_tiny_srf", "edgenext_xx_small", "resnest14d", "regnety_002"],
+)
+def test_no_more_is_kept_or_made_at_once_than_by_timms_own(name):
+    config = {**CLIP, "image_size": 64, "vision": {"name": name}}
+    own, kept = (PlannedModel({**config, "grad_checkpointing": mode}) for mode in (NONE, BLOCKS))
+    own.model.vision.trunk.set_grad_checkpointing(True)  # pyright: ignore[reportCallIssue]
+    expected, found = measure_footprint(own, 4), measure_footprint(kept, 4)
+    assert found.saved["vision"] <= expected.saved["vision"]
+    assert found.peak <= expected.peak
+
+
+def test_blocks_are_not_single_layers_nor_stages():
+    kinds = {}
+    for name in ("mobileone_s0", "efficientvit_b0", "densenet121", "regnety_002"):
+        with torch.device("meta"):
+            trunk = timm.create_model(name)
+        kinds[name] = Counter(type(block).__name__ for block in innermost_blocks(trunk))
+    assert kinds == {
+        "mobileone_s0": {"MobileOneBlock": 2 + 8 + 10 + 1 + 21},
+        "efficientvit_b0": {"ResidualBlock": 1 + 2 + 2 + 1 + 1, "EfficientVitBlock": 2 + 2},
+        "densenet121": {"DenseLayer": 6 + 12 + 24 + 16},
+        "regnety_002": {"RegStage": 2, "Bottleneck": 4 + 7},  # the first two stages are of one block
+    }
+
+
 class Overwriting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.layer = nn.Linear(4, 4)
+        self.layer, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x).mul_(2)
+        return self.last(self.layer(x).mul_(2))
 
 
 def test_a_block_that_overwrites_its_products_is_refused():
@@ -201,7 +231,86 @@ def test_a_block_that_overwrites_its_products_is_refused():
         ConfigError, match=r"=selective: Overwriting computes in place \(aten.mul_.Tensor\).*give blocks"
     ):
         blocks(x)
-    assert torch.equal(blocks.eval()(x), blocks[1].layer(2 * blocks[0].layer(x)) * 2)  # pyright: ignore
+    expected = x
+    for block in blocks:
+        expected = block.last(2 * block.layer(expected))  # pyright: ignore[reportCallIssue]
+    assert torch.equal(blocks.eval()(x), expected)
+
+
+class Dense(nn.Module):
+    """Blocks that are given a list, to which each one's output is added afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Joining(width) for width in (4, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [x]
+        for block in self.blocks:
+            found.append(block(found))
+        return found[-1]
+
+
+class Joining(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, 8), nn.GELU(), nn.Linear(8, 4))
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        return self.layers(torch.cat(parts, dim=1))
+
+
+@pytest.mark.parametrize("mode", [BLOCKS, SELECTIVE])
+def test_a_list_that_grows_after_a_block_has_read_it(mode):
+    torch.manual_seed(0)
+    model, x = Dense(), torch.randn(3, 4)
+    expected = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    checkpoint_blocks(model, mode)
+    found = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+class Remembering(nn.Module):
+    """Its second call is another, as with a cache of keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
+        return self.layers(torch.cat(self.seen) + x)
+
+
+@pytest.mark.parametrize("mode", [BLOCKS, SELECTIVE])
+def test_a_block_that_cannot_be_computed_again_is_refused(mode):
+    blocks = nn.Sequential(Remembering(), Remembering())
+    checkpoint_blocks(blocks, mode)
+    loss = blocks(torch.randn(3, 4, requires_grad=True)).sum()
+    with pytest.raises(
+        ConfigError, match=rf"grad_checkpointing={mode}: Remembering cannot be computed again \(.*size.*\); give none"
+    ):
+        loss.backward()
+
+
+def test_the_device_being_full_is_no_fault_of_the_block():
+    class Full(Remembering):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.seen:
+                raise torch.OutOfMemoryError("full")
+            return super().forward(x)
+
+    blocks = nn.Sequential(Full(), Full())
+    checkpoint_blocks(blocks, BLOCKS)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        blocks(torch.randn(3, 4)).sum().backward()
+
+
+def test_products_are_kept_where_torch_asks_before_it_computes():
+    """As torch 2.11 does, which has no output to show."""
+    context: Any = SimpleNamespace(is_recompute=False)
+    assert _Policy("Block")(context, torch.ops.aten.mm.default, *[torch.eye(2)] * 2) == CheckpointPolicy.MUST_SAVE
 
 
 def test_a_model_without_blocks_is_refused():

@@ -2,10 +2,14 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from clip_train.commands import plan
+from clip_train.models.checkpointing import BLOCKS, NONE
+from clip_train.planning.plan import _can
 from tests.cli.embeddings import call
 from tests.cli.runs import TINY
 
@@ -116,3 +120,13 @@ def test_what_is_measured_here_can_be_planned_with(tmp_path):
     assert f"plan.hardware={output}" in out
     found = planned(tmp_path, f"plan.hardware={output}", "trainer.devices=1")
     assert found["hardware"] == json.loads(output.read_text())
+
+
+def test_a_mode_that_no_one_asked_for_may_fail_in_any_way():
+    def fail(mode: str) -> None:
+        raise RuntimeError(f"{mode}: what some library says")
+
+    planner: Any = SimpleNamespace(activations=fail)
+    assert not _can(planner, BLOCKS, wanted=NONE)
+    with pytest.raises(RuntimeError, match="blocks: what"):
+        _can(planner, BLOCKS, wanted=BLOCKS)
