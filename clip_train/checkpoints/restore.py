@@ -1,7 +1,7 @@
 """A saved state put into an optimizer whose parameters may be sharded otherwise, or not at all."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,6 +31,6 @@ def cut_like(value: Any, parameter: Tensor) -> Any:
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     local = value[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))]
     # `DTensor.from_local` would put an offloaded one into the mesh's device.
-    cut = torch.empty_like(parameter.detach(), dtype=value.dtype)
+    cut = cast(DTensor, torch.empty_like(parameter.detach(), dtype=value.dtype))
     cut.to_local().copy_(local)
     return cut

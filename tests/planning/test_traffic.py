@@ -128,7 +128,7 @@ def held_gradients(config: dict, job: Job) -> int:
 
     pixels = torch.zeros(job.local_batch, 3, config["image_size"], config["image_size"], dtype=torch.uint8)
     ids = torch.zeros(job.local_batch, config["text"]["context_length"], dtype=torch.int64)
-    inputs, size = (pixels, ids), job.micro_batch_size
+    inputs, size = (pixels, ids), job.at_once
     cached_backward(model, contrastive_loss, model.logit_parameters(), inputs, micro_batch_size=size, backward=backward)
     return held[-1]
 
@@ -136,7 +136,8 @@ def held_gradients(config: dict, job: Job) -> int:
 def test_micro_batches_of_fsdp_add_up_whole_gradients(pair):
     job = Job(BATCH, 2, 1, 2, "fsdp", "contrastive", "gather", 4, VIT_WIDTH)
     planned = PlannedModel(VIT)
-    states, activations = count_states(planned.model, {"lr": 1e-3, "weight_decay": 0.0}), measure_activations(planned, 64)
+    states = count_states(planned.model, {"lr": 1e-3, "weight_decay": 0.0})
+    activations = measure_activations(planned, 64)
     units = sharded_units(planned.model)
     memory = plan_memory(job, states, activations, units, VIT["image_size"], planned.context_length)
     assert pair.run(held_gradients, VIT, job) == [pytest.approx(memory.gradients, rel=0.01)] * 2
