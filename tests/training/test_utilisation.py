@@ -51,7 +51,7 @@ def test_convolutions_in_groups_cost_backward_what_they_cost_forward():
     config = {**TINY, "image_size": 64, "vision": {"name": "convnext_atto"}}
     forward = PlannedModel(config).count_flops().forward["vision"]
     assert count_pair_flops(config, None).image == pytest.approx(3 * forward)
-    assert forward < count_pair_flops(config, {**LOCKED_IMAGE, "unlocked_groups": 4}).image < 3 * forward
+    assert forward < count_pair_flops(config, {**LOCKED_IMAGE, "unlocked_groups": 8}).image < 3 * forward
 
 
 @pytest.mark.parametrize("name", ["vit_b_16_siglip", "coca_vit_b_32"])
