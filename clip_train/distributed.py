@@ -32,6 +32,13 @@ def group_rank(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
+def gathers_rounded() -> bool:
+    """Whether FSDP can gather some weights in bf16 and others as they are: from torch 2.15 on."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    return "param_dtype_override_fn" in MixedPrecisionPolicy.__dataclass_fields__
+
+
 _around_exchanges: Callable[[], AbstractContextManager] = nullcontext
 
 

@@ -1,7 +1,7 @@
 """A saved state put into an optimizer whose parameters may be sharded otherwise, or not at all."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,16 +25,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
 
 
 def cut_like(value: Any, parameter: Tensor) -> Any:
-    """What belongs to a sharded parameter and has its shape, cut as it is; numbers and step counts as they are."""
+    """What has a sharded parameter's shape, cut as that is and where that is; numbers and step counts as they are."""
     if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
         return value
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     local = value[tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))]
-    return DTensor.from_local(
-        local.to(parameter.device).contiguous(),
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
+    # `DTensor.from_local` would put an offloaded one into the mesh's device.
+    cut = cast(DTensor, torch.empty_like(parameter.detach(), dtype=value.dtype))
+    cut.to_local().copy_(local)
+    return cut

@@ -58,7 +58,7 @@ TABLE = {
 
 # What a driver calls the GPUs of the table. Others of these families, such as the H100 PCIe, have other rates.
 _DRIVER_NAMES = {
-    "a100": r"A100-(SXM4|PCIE)-\d+GB",
+    "a100": r"A100-(SXM4|PCIE)-\d+GB|A100 80GB PCIe",
     "h100": r"H100 80GB HBM3",
     "h200": r"H200",
     "l40s": r"L40S",

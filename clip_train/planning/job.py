@@ -60,10 +60,15 @@ class Job:
 
     @property
     def kept_share(self) -> float:
-        """Of weights, gradients and optimizer state, what a device holds; host memory holds what is offloaded."""
+        """Of weights and optimizer state, what a device holds; host memory holds what is offloaded."""
         if not self.sharded:
             return 1.0
         return 0.0 if self.offload else 1 / self.world_size
+
+    @property
+    def gradient_share(self) -> float:
+        """The same of gradients. With FSDP micro-batches add theirs up, uncut, until the last one exchanges them."""
+        return 1.0 if self.sharded and self.micro_batches > 1 else self.kept_share
 
     @property
     def averages(self) -> bool:

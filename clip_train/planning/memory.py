@@ -15,7 +15,8 @@ class MemoryPlan:
     """Bytes on a rank.
 
     Attributes:
-        batch: pixels and token ids of a step, and with micro-batches the features of all pairs and their gradients.
+        batch: pixels and token ids of a step and of the next one; with micro-batches also the features of all pairs of
+            a step and their gradients.
         activations: what each part of the model keeps for backward.
         passing: what backward needs besides, for a moment; with FSDP, what is gathered of the weights.
         loss: at its fullest moment, which is not backward's.
@@ -47,12 +48,12 @@ def plan_memory(
     share = job.kept_share
     footprint = activations.at(job.at_once)
     gathered = _gathered(units) if job.sharded else 0.0
-    batch = job.local_batch * (3 * image_size**2 + 8 * context)
+    batch = 2 * job.local_batch * (3 * image_size**2 + 8 * context)  # training/copied_ahead.py sends the next one
     if job.micro_batches > 1:
         batch += 16 * job.local_batch * job.embed_dim
     loss = loss_bytes(job)
     kept = share * (states.weights + states.optimizer + states.average) + batch
-    gradients = share * states.gradients
+    gradients = job.gradient_share * states.gradients
     peak = kept + gathered + _fullest_moment(job, footprint, gradients, loss)
     return MemoryPlan(
         weights=share * states.weights,

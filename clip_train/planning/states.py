@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clip_train.distributed import gathers_rounded
 from clip_train.models import DualEncoder
 from clip_train.models.layers import product_weights, repeated_blocks
 from clip_train.models.locking import fixed_names
@@ -114,7 +115,7 @@ class ShardedUnit:
 
 def sharded_units(model: DualEncoder, precision: str = "32") -> list[ShardedUnit]:
     """As `training/fsdp.py` cuts the model, and rounds what it gathers with `trainer.precision=bf16-mixed`."""
-    rounded = product_weights(model) if precision == "bf16-mixed" else set()
+    rounded = product_weights(model) if precision == "bf16-mixed" and gathers_rounded() else set()
     units: list[ShardedUnit] = []
     for tower in (part for name, part in model.named_children() if name in _TOWERS):
         taken: set[int] = set()

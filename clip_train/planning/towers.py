@@ -124,7 +124,7 @@ class PlannedModel:
         with self.fake(), self.autocast():
             with FlopCounterMode(display=False) as forward:
                 outputs = self.model(*self.inputs(2, tokens))  # two, as batch norms refuse one
-            with FlopCounterMode(display=False, custom_mapping=_CONVOLUTION) as backward:
+            with FlopCounterMode(display=False, custom_mapping=CONVOLUTION) as backward:
                 self.backward(outputs)
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -143,7 +143,8 @@ def _convolution_backward(
     return conv_flop_count(list(x), list(weight), list(grad), transposed) * sum(output_mask[:2])
 
 
-_CONVOLUTION = {torch.ops.aten.convolution_backward: _convolution_backward}
+# For FlopCounterMode's custom_mapping.
+CONVOLUTION = {torch.ops.aten.convolution_backward: _convolution_backward}
 
 
 def _without_weights(tower: Mapping[str, Any]) -> dict[str, Any]:

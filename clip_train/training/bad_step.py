@@ -25,7 +25,7 @@ def clip_or_skip(
     """Clip the synchronised gradient; if its norm is not finite, make the optimizer's next step do nothing.
 
     The device decides for a fused optimizer: it reads `found_inf`, as the gradient scaler of fp16 leaves it, and the
-    host does not wait. For any other the host reads the norm (`make_skippable`).
+    host does not wait, unless gradients are offloaded to it. For any other the host reads the norm (`make_skippable`).
 
     Args:
         limit: the largest norm; None only measures it.
@@ -38,7 +38,10 @@ def clip_or_skip(
     if limit is not None:
         nn.utils.clip_grads_with_norm_(parameters, limit, norm)
     if optimizer.defaults.get("fused"):
-        optimizer.found_inf = (~norm.isfinite()).float()  # pyright: ignore[reportAttributeAccessIssue]
+        found = (~norm.isfinite()).float()
+        # The optimizer would copy it to gradients in host memory without waiting, and read it before it is there.
+        offloaded = any(parameter.grad is not None and parameter.grad.device.type == "cpu" for parameter in parameters)
+        optimizer.found_inf = found.cpu() if offloaded else found  # pyright: ignore[reportAttributeAccessIssue]
     else:
         optimizer.skips_step = not norm.isfinite()  # pyright: ignore[reportAttributeAccessIssue]
     return norm

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 
 from clip_train.checkpoints.restore import restore_optimizer
-from clip_train.distributed import group_size
+from clip_train.distributed import gathers_rounded, group_size
 from clip_train.models import DualEncoder
 from clip_train.models.captioner import Captioner
 from clip_train.models.hf_text import HFTextTower
@@ -99,7 +99,7 @@ def shard_towers(model: DualEncoder, mesh: DeviceMesh, rounded: bool = False, of
 
 
 def _policy(model: nn.Module) -> MixedPrecisionPolicy:
-    if "param_dtype_override_fn" not in MixedPrecisionPolicy.__dataclass_fields__:  # before torch 2.15
+    if not gathers_rounded():
         return MixedPrecisionPolicy()
     matrices = product_weights(model)
     return MixedPrecisionPolicy(

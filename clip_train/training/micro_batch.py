@@ -9,12 +9,14 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from clip_train.distributed import max_on_hosts
 from clip_train.errors import OutOfMemoryError
 from clip_train.models.cpu_attention import fast_attention
 from clip_train.out_of_memory import is_out_of_memory
+from clip_train.planning.states import optimizer_bytes
 from clip_train.training.cached_gradients import cached_backward
 from clip_train.training.memory import host_memory_limit
 from clip_train.training.module import ClipModule
@@ -62,8 +64,7 @@ def _hold_what_a_step_holds(module: ClipModule, images: Tensor, texts: Tensor, p
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = cast(LightningOptimizer, module.optimizers())
-    moments = 0 if optimizer.state else 2
-    held = [torch.ones_like(parameter) for _ in range(moments) for parameter in parameters]
+    held = [] if optimizer.state else _as_large_as_the_state(module, parameters)
     # The loss: both features, their gradients and those of the gathered texts, with these.
     rows = 4 * len(images) + 2 * module.clock.batch_size
     held.append(torch.ones(rows, module.model.embed_dim, device=module.device))
@@ -83,6 +84,13 @@ def _hold_what_a_step_holds(module: ClipModule, images: Tensor, texts: Tensor, p
     finally:
         for parameter in parameters:
             parameter.grad = None
+
+
+def _as_large_as_the_state(module: ClipModule, parameters: list[nn.Parameter]) -> list[Tensor]:
+    """Memory of the size that the optimizer's state will have, where it will be; of sharded parameters a shard's."""
+    per_byte = optimizer_bytes(module.model, module.optim) / sum(parameter.nbytes for parameter in parameters)
+    own = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
+    return [torch.ones(int(per_byte * p.nbytes), dtype=torch.uint8, device=p.device) for p in own]
 
 
 def find_micro_batch_size(try_step: Callable[[int], None], local_batch: int, most: Callable[[int], int]) -> int:

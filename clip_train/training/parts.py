@@ -48,14 +48,25 @@ def make_model(cfg: DictConfig) -> DualEncoder:
 def make_module(cfg: DictConfig, clock: Clock, model: Any, adapter_only: bool = False) -> ClipModule:
     """The model, ready to be trained, and how it is trained."""
     if cfg.trainer.get("float8"):
-        check_float8()
-        use_float8(model)
+        _convert_to_float8(model)
     micro_batch_size = None if cfg.micro_batch_size == "auto" else cfg.micro_batch_size
     optim, schedule, loss = plain(cfg.optim), plain(cfg.schedule), make_loss(cfg)
     teacher = make_teacher(cfg, model.batch_keys)
     if mode := compile_mode(cfg.trainer.get("compile", False)):
         compile_blocks(model, mode)
     return ClipModule(model, loss, optim, clock, cfg.seed, micro_batch_size, schedule, adapter_only, teacher)
+
+
+def _convert_to_float8(model: Any) -> None:
+    """Raises ConfigError if the GPU has no float8, or nothing in the model would use it."""
+    check_float8()
+    converted = use_float8(model)
+    if not converted:
+        raise ConfigError(
+            "trainer.float8=true finds no linear layer in the towers' blocks that learns and has sides that are"
+            " multiples of 16: leave it out"
+        )
+    log.info("trainer.float8: %d linear layers compute in float8", len(converted))
 
 
 def make_teacher(cfg: DictConfig, batch_keys: Sequence[str]) -> Teacher | None:

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from clip_train.checkpoints.folder import list_checkpoints, read_checkpoint
-from clip_train.checkpoints.restore import restore_optimizer
+from clip_train.checkpoints.restore import cut_like, restore_optimizer
 from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.snapshot import SnapshotTaker
 from clip_train.checkpoints.writer import CheckpointWriter
@@ -79,3 +79,21 @@ def test_saved_on_four_ranks_and_gone_on_with_on_others(tmp_path, mesh_shape):
     for weights in found:
         for name, weight in expected.state_dict().items():
             torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_offloaded_state_is_cut_in_host_memory(one_rank, monkeypatch):
+    mesh = init_device_mesh("cpu", (1,))
+    parameter = nn.Parameter(DTensor.from_local(torch.ones(4, 3), mesh, [Shard(0)]))
+    monkeypatch.setattr(mesh, "_device_type", "meta")  # a mesh of some accelerator
+    saved = torch.arange(12.0).reshape(4, 3).bfloat16()
+    cut = cut_like(saved, parameter)
+    assert cut.device.type == "cpu" and cut.dtype == torch.bfloat16
+    assert torch.equal(cut.to_local(), saved)
+    assert cut.placements == parameter.placements and not cut.requires_grad  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,14 +1,20 @@
 """Linear layers in float8, emulated on a processor."""
 
+from functools import partial
+
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import nn
 from torch.nn import functional as F
 
+from clip_train.commands.program import config_dir
 from clip_train.errors import ConfigError
 from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder
 from clip_train.models.float8 import check_float8, use_float8
+from clip_train.training import parts
+from clip_train.training.durations import Clock
 from tests.models.coca import our_coca
 from tests.models.test_dual_encoder import TINY, random_batch
 
@@ -72,3 +78,27 @@ def test_without_a_gpu_that_has_it(monkeypatch):
         check_float8()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     check_float8()
+
+
+def make_module(monkeypatch, learns: bool = True) -> nn.Module:
+    """As a run makes it with trainer.float8=true, as if there were a GPU that has it."""
+    monkeypatch.setattr(parts, "check_float8", lambda: None)
+    monkeypatch.setattr(parts, "use_float8", partial(use_float8, emulate=True))
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        cfg = compose("train", ["experiment=demo", "trainer.float8=true"])
+    model = create_dual_encoder(**TINY)
+    model.requires_grad_(learns)
+    return parts.make_module(cfg, Clock(8, epoch_samples=8, total_samples=80), model)
+
+
+def test_it_reaches_the_run_which_says_how_many(monkeypatch, caplog):
+    with caplog.at_level("INFO"):
+        module = make_module(monkeypatch)
+    converted = [layer for layer in module.modules() if type(layer).__name__ == "Float8Linear"]
+    assert len(converted) == 20
+    assert "20 linear layers compute in float8" in caplog.text
+
+
+def test_a_model_without_such_layers_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="finds no linear layer"):
+        make_module(monkeypatch, learns=False)

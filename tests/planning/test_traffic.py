@@ -1,16 +1,21 @@
-"""Planned bytes on the wire against those of real ranks, to the byte."""
+"""Planned bytes on the wire, and of gradients that are not exchanged yet, against those of real ranks, to the byte."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from clip_train.losses import contrastive_loss, sigmoid_loss
 from clip_train.models import create_dual_encoder
+from clip_train.planning.activations import measure_activations
 from clip_train.planning.job import Job
-from clip_train.planning.states import beside_towers, sharded_units
+from clip_train.planning.memory import plan_memory
+from clip_train.planning.states import beside_towers, count_states, sharded_units
 from clip_train.planning.towers import PlannedModel
 from clip_train.planning.traffic import plan_traffic
 from clip_train.training.cached_gradients import cached_backward
@@ -101,6 +106,43 @@ def test_fsdp_sends_what_is_planned(pair, micro_batch_size, checkpointing, preci
     job = Job(BATCH, 2, 1, micro_batch_size, "fsdp", "contrastive", "gather", 4, VIT_WIDTH)
     config = VIT | {"grad_checkpointing": checkpointing}
     assert pair.run(sent_bytes, config, job, precision) == [planned_bytes(config, job, precision)] * 2
+
+
+def held_gradients(config: dict, job: Job) -> int:
+    """Bytes of gradients on this rank before the last of the micro-batches, which exchanges them."""
+    model = create_dual_encoder(**config)
+    shard_towers(model, init_device_mesh("cpu", (2,)))
+    used: dict[int, torch.Tensor] = {}
+    for module in model.modules():  # an exchange leaves them shards, which no forward uses
+        module.register_forward_hook(
+            lambda module, *_: used.update({id(p): p for p in module.parameters(False) if not isinstance(p, DTensor)})
+        )
+    shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    held = []
+
+    def backward(surrogate, last):
+        held.append(sum(p.grad.nbytes for p in used.values() if p.grad is not None))
+        for shard in shards:
+            shard.set_requires_gradient_sync(last, recurse=False)
+        surrogate.backward()
+
+    pixels = torch.zeros(job.local_batch, 3, config["image_size"], config["image_size"], dtype=torch.uint8)
+    ids = torch.zeros(job.local_batch, config["text"]["context_length"], dtype=torch.int64)
+    inputs, size = (pixels, ids), job.at_once
+    cached_backward(model, contrastive_loss, model.logit_parameters(), inputs, micro_batch_size=size, backward=backward)
+    return held[-1]
+
+
+def test_micro_batches_of_fsdp_add_up_whole_gradients(pair):
+    job = Job(BATCH, 2, 1, 2, "fsdp", "contrastive", "gather", 4, VIT_WIDTH)
+    planned = PlannedModel(VIT)
+    states = count_states(planned.model, {"lr": 1e-3, "weight_decay": 0.0})
+    activations = measure_activations(planned, 64)
+    units = sharded_units(planned.model)
+    memory = plan_memory(job, states, activations, units, VIT["image_size"], planned.context_length)
+    assert pair.run(held_gradients, VIT, job) == [pytest.approx(memory.gradients, rel=0.01)] * 2
+    offloaded = plan_memory(replace(job, offload=True), states, activations, units, 16, planned.context_length)
+    assert (offloaded.gradients, offloaded.weights) == (memory.gradients, 0)
 
 
 def test_one_process_sends_nothing():

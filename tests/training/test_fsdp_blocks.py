@@ -5,11 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from omegaconf import OmegaConf
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
+from clip_train.distributed import gathers_rounded
 from clip_train.models import create_dual_encoder
-from clip_train.training import fsdp
+from clip_train.planning.states import sharded_units
+from clip_train.training import fsdp, parts
 from clip_train.training.fsdp import repeated_blocks
 from tests.models.configs import load_config
 from tests.models.test_dual_encoder import TINY
@@ -68,3 +72,38 @@ def test_offloaded_shards_lie_in_memory_that_a_gpu_can_read(monkeypatch, device,
     policies.clear()
     fsdp.shard_towers(model, mesh)
     assert policies and not any(isinstance(policy, CPUOffloadPolicy) for policy in policies)
+
+
+@pytest.mark.parametrize("offload", [True, False])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32"])
+def test_what_the_config_says_reaches_the_shards(monkeypatch, offload, precision):
+    said = {"strategy": "fsdp", "fsdp": {"cpu_offload": offload}}
+    guard = {"timeout": None, "first_step_timeout": "1h"}
+    strategy = parts._strategy(OmegaConf.create({"trainer": said, "guard": guard}), SimpleNamespace(size=2))  # pyright: ignore
+    assert isinstance(strategy, fsdp.ShardedStrategy)
+    with torch.device("meta"):
+        strategy._lightning_module = SimpleNamespace(model=create_dual_encoder(**TINY))  # pyright: ignore
+    strategy.precision_plugin = SimpleNamespace(precision=precision)  # pyright: ignore
+    strategy.parallel_devices = [torch.device("cpu")]
+    strategy.cluster_environment = LightningEnvironment()
+    calls = []
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, **how: calls.append(how))
+    monkeypatch.setattr(fsdp, "init_device_mesh", lambda *shape: SimpleNamespace(device_type="cpu"))
+    strategy.configure_ddp()
+    assert len(calls) == 2 + 2 + 2
+    assert all(isinstance(how["offload_policy"], CPUOffloadPolicy) == offload for how in calls)
+    dtype = torch.bfloat16 if precision == "bf16-mixed" and gathers_rounded() else None
+    assert all(how["mp_policy"].param_dtype == dtype for how in calls)
+
+
+def test_before_torch_2_15_all_is_gathered_in_fp32_and_planned_so(monkeypatch):
+    with torch.device("meta"):
+        model = create_dual_encoder(**TINY)
+    fields = dict(MixedPrecisionPolicy.__dataclass_fields__)
+    fields.pop("param_dtype_override_fn", None)
+    monkeypatch.setattr(MixedPrecisionPolicy, "__dataclass_fields__", fields)
+    policies = []
+    monkeypatch.setattr(fsdp, "fully_shard", lambda module, **how: policies.append(how["mp_policy"]))
+    fsdp.shard_towers(model, SimpleNamespace(device_type="cpu"), rounded=True)  # pyright: ignore[reportArgumentType]
+    assert policies and all(policy.param_dtype is None for policy in policies)
+    assert {size for unit in sharded_units(model, "bf16-mixed") for size in unit.sizes} == {4}

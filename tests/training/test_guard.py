@@ -6,8 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clip_train.errors import DivergedError
+from clip_train.training import bad_step
 from clip_train.training.bad_step import clip_or_skip, restore_unless, running_statistics, telling_seed
 from clip_train.training.guard import Guard, StepRecord
 from clip_train.training.guard_report import write_report
@@ -159,3 +161,16 @@ def test_the_statistics_of_a_batch_norm_survive_a_bad_step():
         restore_unless(norm.isfinite(), statistics)
         same = [torch.equal(value, before[name]) for name, value in model.state_dict().items()]
         assert all(same) if bad else not all(same[2:])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_fused_optimizer_is_told_where_the_gradients_are(monkeypatch, device):
+    """Offloaded gradients lie in host memory, their norm on the GPU; tensors are fake, as there need be no GPU."""
+    with FakeTensorMode():
+        parameter = nn.Parameter(torch.ones(3, device=device))
+        parameter.grad = torch.ones(3, device=device)
+        optimizer = torch.optim.AdamW([parameter], fused=False)
+        optimizer.defaults["fused"] = True
+        monkeypatch.setattr(bad_step, "_norm", lambda grads: torch.ones((), device="cuda"))
+        clip_or_skip(optimizer, [parameter], None)
+        assert optimizer.found_inf.device.type == device  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,9 +1,14 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from clip_train.errors import OutOfMemoryError
+from clip_train.models import create_dual_encoder
 from clip_train.training.memory import explained_out_of_memory, host_memory_limit
-from clip_train.training.micro_batch import find_micro_batch_size
+from clip_train.training.micro_batch import _as_large_as_the_state, find_micro_batch_size
+from clip_train.training.optimizer import build_optimizer
+from tests.models.test_dual_encoder import TINY
 
 
 @pytest.mark.parametrize(
@@ -63,3 +68,18 @@ def test_a_host_runs_out_of_memory_instead_of_being_killed():
     with host_memory_limit(processes=1), pytest.raises(OutOfMemoryError), explained_out_of_memory(None, 2):
         torch.ones(1 << 44)
     assert torch.ones(1 << 20).sum() == 1 << 20
+
+
+@pytest.mark.parametrize("optim", [{}, {"state": "bf16"}, {"name": "lion"}, {"name": "sgd"}], ids=str)
+def test_as_much_is_set_aside_as_the_optimizer_will_keep(optim):
+    optim = {"lr": 1e-3, "weight_decay": 0.1, **optim}
+    model = create_dual_encoder(**TINY)
+    parameters = list(model.parameters())
+    module = SimpleNamespace(model=model, optim=optim)
+    found = sum(held.nbytes for held in _as_large_as_the_state(module, parameters))  # pyright: ignore[reportArgumentType]
+    optimizer = build_optimizer(model, optim, fused=False)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = [x for values in optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
+    assert found == pytest.approx(sum(x.nbytes for x in state), rel=0.01)

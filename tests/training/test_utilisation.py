@@ -47,6 +47,13 @@ def test_what_does_not_learn_costs_less():
     assert some.text == count_pair_flops(TINY, None).text
 
 
+def test_convolutions_in_groups_cost_backward_what_they_cost_forward():
+    config = {**TINY, "image_size": 64, "vision": {"name": "convnext_atto"}}
+    forward = PlannedModel(config).count_flops().forward["vision"]
+    assert count_pair_flops(config, None).image == pytest.approx(3 * forward)
+    assert forward < count_pair_flops(config, {**LOCKED_IMAGE, "unlocked_groups": 8}).image < 3 * forward
+
+
 @pytest.mark.parametrize("name", ["vit_b_16_siglip", "coca_vit_b_32"])
 def test_a_model_whose_texts_are_of_one_length_costs_what_is_planned(name):
     config = load_config(name, *(["model.decoder.layers=2"] if name.startswith("coca") else []))
@@ -112,6 +119,7 @@ def test_a_wrong_name_is_refused(hardware, said):
 GPUS = {
     "NVIDIA A100-SXM4-80GB": "a100",
     "NVIDIA A100-PCIE-40GB": "a100",
+    "NVIDIA A100 80GB PCIe": "a100",
     "NVIDIA H100 80GB HBM3": "h100",
     "NVIDIA H200": "h200",
     "NVIDIA L40S": "l40s",
