@@ -131,7 +131,7 @@ def _autocast(job: StepJob) -> torch.autocast:
 
 
 def _ours(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
-    config = model_config(job.model) | {"grad_checkpointing": job.checkpointing}
+    config: dict[str, Any] = {**model_config(job.model), "grad_checkpointing": job.checkpointing}
     encoder = create_dual_encoder(**config).to(job.device)
     if job.float8:
         use_float8(encoder)

@@ -1,12 +1,12 @@
 """Our step by batch and setting on one device, as a share of what it multiplies, with open_clip's beside it.
 
     uv run python scripts/bench/step_sweep.py --out docs/benchmarks
-    uv run python scripts/bench/step_sweep.py --device cpu --models vit_b_32 --batch 8 --settings "plain;compile;open_clip"
+    uv run python scripts/bench/step_sweep.py --device cpu --models vit_b_32 --batch 8 --settings "plain;open_clip"
 
 A step is that of `step.py`, on a batch that is on the device. `% of peak` is model FLOPs utilisation, with the rate of
 products of large square matrices, measured in the same run, as the peak, and of texts only their own tokens counted:
-open_clip computes padding too, which is not counted for it either. Memory is what the step needs above weights, optimizer
-state and the batch. Each measurement is a fresh process.
+open_clip computes padding too, which is not counted for it either. Memory is what the step needs above weights,
+optimizer state and the batch. Each measurement is a fresh process.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from measure import describe_machine, markdown_table, multiplies_bf16, run_ranks
 from step_contenders import OPEN_CLIP_NAMES, StepJob, measure_step, model_config, real_captions
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from clip_train.data.files import write_atomic
 from clip_train.data.tokenizer import ClipTokenizer
@@ -82,7 +82,7 @@ def _rows(args: argparse.Namespace, model: str, batch: int, captions: Sequence[s
             try:
                 job = StepJob(contender, model, batch, max(1, batch // 4), captions, **how)
                 found[name] += run_ranks(measure_step, 1, job)
-            except ProcessRaisedException as error:
+            except (ProcessRaisedException, ProcessExitedException) as error:
                 reasons[name] = "out of memory" if "OutOfMemory" in str(error) else str(error).strip().splitlines()[-1]
     theirs = [sample.seconds for sample in found.get("open_clip", [])]
     rows = []
