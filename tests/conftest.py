@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -52,6 +53,16 @@ def write_shard(path: Path, samples: Sequence[dict]) -> str:
         for sample in samples:
             writer.write({k: json.dumps(v).encode() if isinstance(v, dict) else v for k, v in sample.items()})
     return str(path)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A program that runs in this process decides where the package logs to; the next test shall not find that."""
+    logger = logging.getLogger("clip_train")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers, logger.propagate = handlers, propagate
+    logger.setLevel(level)
 
 
 @pytest.fixture

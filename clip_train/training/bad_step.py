@@ -40,7 +40,8 @@ def clip_or_skip(
     if optimizer.defaults.get("fused"):
         found = (~norm.isfinite()).float()
         # The optimizer would copy it to gradients in host memory without waiting, and read it before it is there.
-        offloaded = any(parameter.grad is not None and parameter.grad.device.type == "cpu" for parameter in parameters)
+        on_host = any(parameter.grad is not None and parameter.grad.device.type == "cpu" for parameter in parameters)
+        offloaded = on_host and found.device.type != "cpu"
         optimizer.found_inf = found.cpu() if offloaded else found  # pyright: ignore[reportAttributeAccessIssue]
     else:
         optimizer.skips_step = not norm.isfinite()  # pyright: ignore[reportAttributeAccessIssue]

@@ -13,7 +13,10 @@ _COLUMNS = ("samples_seen", "sample")
 
 
 class SampleLog(Callback):
-    """Writes one file per rank, a row per sample, with the samples seen when its step had ended.
+    """Writes one file per rank, a row per sample, with the samples seen when its step has ended.
+
+    Before the step: a checkpoint of it, which one rank writes, must not find that another has died without its rows.
+    Those of a step that is taken again are dropped.
 
     Args:
         folder: where to.
@@ -30,9 +33,10 @@ class SampleLog(Callback):
         self._file = RowsFile(self.folder / f"rank_{trainer.global_rank:05d}.csv", _COLUMNS)
         trainer.strategy.barrier()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: ClipModule, outputs, batch: Batch, batch_idx) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: ClipModule, batch: Batch, batch_idx: int) -> None:
         assert self._file is not None
-        self._file.append((pl_module.samples_seen, name) for name in batch["names"])
+        seen = pl_module.samples_seen + pl_module.clock.batch_size
+        self._file.append((seen, name) for name in batch["names"])
 
 
 def read_sample_log(folder: Path) -> dict[int, list[str]]:

@@ -52,6 +52,7 @@ def note_shapes(model: TextTower | HFTextTower | SiglipTextTower) -> list[tuple[
 def calls_cost_nothing(monkeypatch):
     """Else so few texts would be one group."""
     monkeypatch.setattr(text_lengths, "CALL_COST", 0)
+    monkeypatch.setattr(text_lengths, "_LEAST_GROUP", 1)
 
 
 def assert_same(found: Tensor, expected: Tensor, name: str = "") -> None:
