@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 
 from loader_shards import SMALL_PHOTOS
 from measure import describe_machine, markdown_table, multiplies_bf16
+from open_clip_program import open_clip_command
 from step_contenders import OPEN_CLIP_NAMES
 
 from clip_train.data.demo import unpack_demo
@@ -75,21 +76,8 @@ def _ours(args: argparse.Namespace) -> tuple[float, float]:
 def _open_clip(args: argparse.Namespace) -> float:
     """Pairs per second."""
     with TemporaryDirectory() as folder:
-        options = {
-            "train-data": "::".join(expand_shards(args.shards, "--shards")),
-            "dataset-type": "webdataset",
-            "train-num-samples": str(args.steps * args.batch),
-            "batch-size": str(args.batch),
-            "workers": str(args.workers),
-            "epochs": "1",
-            "model": OPEN_CLIP_NAMES[args.model],
-            "precision": "amp_bf16" if args.precision == "bf16" else "fp32",
-            "device": args.device,
-            "log-every-n-steps": "1",
-            "logs": folder,
-        }
-        words = [x for key in options for x in (f"--{key}", options[key])]
-        said = _run([str(args.open_clip), "-m", "open_clip_train.main", *words])
+        data = {"train-data": "::".join(expand_shards(args.shards, "--shards")), "dataset-type": "webdataset"}
+        said = _run(open_clip_command(str(args.open_clip), args, args.steps, args.workers, folder, data))
     rates = [float(rate) for rate in _RATE.findall(said)]
     if len(rates) < 2:
         raise RuntimeError("it reported no steps")

@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from measure import describe_machine, markdown_table, multiplies_bf16
+from open_clip_program import open_clip_command
 from step_contenders import OPEN_CLIP_NAMES
 
 from clip_train.data.files import write_atomic
@@ -73,19 +74,7 @@ def _ours(args: argparse.Namespace, folder: str) -> Sequence[str]:
 
 
 def _open_clip(args: argparse.Namespace, folder: str) -> Sequence[str]:
-    options = {
-        "dataset-type": "synthetic",
-        "train-num-samples": str(100 * args.batch),
-        "batch-size": str(args.batch),
-        "workers": "1",
-        "epochs": "1",
-        "model": OPEN_CLIP_NAMES[args.model],
-        "precision": "amp_bf16" if args.precision == "bf16" else "fp32",
-        "device": args.device,
-        "log-every-n-steps": "1",
-        "logs": folder,
-    }
-    return [sys.executable, "-m", "open_clip_train.main", *(x for key in options for x in (f"--{key}", options[key]))]
+    return open_clip_command(sys.executable, args, 100, 1, folder, {"dataset-type": "synthetic"})
 
 
 def _arguments() -> argparse.Namespace:

@@ -158,7 +158,7 @@ def test_user_errors(fail, tmp_path, make_shards):
     assert "output has no value: give output=..." in fail("make", f"source={tmp_path}")
     assert "did you mean source?" in fail("make", "sourc=a.csv")
     assert "does not exist" in fail("make", "source=none.csv", f"output={tmp_path}/out")
-    assert "image_size: " in fail("make", f"source={tmp_path}", "output=x", "image_size=large")
+    assert "image_size: " in fail("make", f"source={tmp_path}", f"output={tmp_path}/x", "image_size=large")
     assert "shards has no value: give shards=..." in fail("verify")
     assert "no file matches" in fail("verify", "shards=/none/*.tar")
     assert "00001.tar does not exist" in fail("index", f"shards={tmp_path}/shards/{{00000..00001}}.tar")

@@ -45,24 +45,27 @@ def trained_weights(name: str, sharded: bool, **options: Any) -> dict[str, torch
 
 @pytest.mark.parametrize("name", CAN_SHARD)
 def test_on_shards(pool, name):
-    _compare(pool.run(trained_weights, name, True, ranks=2), trained_weights(name, sharded=False), 1e-3)
+    found = pool.run(trained_weights, name, True, ranks=2)
+    assert others_than(trained_weights(name, sharded=False), found, 1e-3) == []
 
 
 def test_a_state_in_bf16_on_shards(pool):
     """Other noise rounds it than on whole tensors."""
     found = pool.run(partial(trained_weights, state="bf16"), "adamw", True, ranks=2)
-    _compare(found, trained_weights("adamw", sharded=False), 2e-2)
+    assert others_than(trained_weights("adamw", sharded=False), found, 2e-2) == []
 
 
-def _compare(runs: list[dict[str, torch.Tensor]], expected: dict[str, torch.Tensor], accuracy: float) -> None:
+def others_than(expected: dict[str, torch.Tensor], runs: list[dict[str, torch.Tensor]], accuracy: float) -> list[str]:
+    """The weights that ended elsewhere in some run, further than this share of the way that they went."""
     torch.manual_seed(0)
     begin = dict(create_dual_encoder(**TINY).named_parameters())
-    for found in runs:
-        for parameter, weight in expected.items():
-            if parameter.endswith("k_proj.bias"):
-                continue  # attention does not depend on it: its gradient is rounding
-            moved = (weight - begin[parameter]).norm()
-            assert (found[parameter] - weight).norm() <= accuracy * moved + 1e-6, parameter
+    return [
+        parameter
+        for found in runs
+        for parameter, weight in expected.items()
+        if not parameter.endswith("k_proj.bias")  # attention does not depend on it: its gradient is rounding
+        and not (found[parameter] - weight).norm() <= accuracy * (weight - begin[parameter]).norm() + 1e-6
+    ]
 
 
 RUN = (

@@ -120,8 +120,12 @@ def test_a_loss_that_asks_is_found_out(tmp_path, monkeypatch, question):
 class Strict(L.Callback):
     """CUDA raises what would wait, from the second step to the one before the last."""
 
+    steps = 0
+
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
-        torch.cuda.set_sync_debug_mode("error" if 0 < trainer.global_step < 4 else "default")
+        strict = 0 < trainer.global_step < 4
+        self.steps += strict
+        torch.cuda.set_sync_debug_mode("error" if strict else "default")
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
         torch.cuda.set_sync_debug_mode("default")
@@ -129,7 +133,9 @@ class Strict(L.Callback):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_is_not_waited_for(tmp_path):
+    strict = Strict()
     try:
-        train("32", 5, tmp_path, callbacks=[train_metrics(log_every=100), Strict()], accelerator="gpu")
+        train("32", 5, tmp_path, callbacks=[train_metrics(log_every=100), strict], accelerator="gpu")
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert strict.steps == 3  # without an error
