@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import (
+    CheckpointError,
     CheckpointPolicy,
     SelectiveCheckpointContext,
     checkpoint,
@@ -180,6 +181,22 @@ def _refusing(what: str) -> Iterator[None]:
         raise
     except RuntimeError as error:
         raise ConfigError(f"{what} cannot be computed again ({first_line(error)}); give {NONE}") from error
+
+
+@contextmanager
+def explained_recomputation() -> Iterator[None]:
+    """For a backward pass of blocks that are computed again.
+
+    Raises:
+        ConfigError: one computed something else than the first time.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        raise ConfigError(
+            f"model.grad_checkpointing: a block computes something else when it is computed again"
+            f" ({first_line(error)}); give {NONE}"
+        ) from error
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from clip_train.errors import ConfigError
 from clip_train.models import DualEncoder, create_dual_encoder
 from clip_train.models.adaptation import adapt, classifies
 from clip_train.models.captioner import Captioner
+from clip_train.models.checkpointing import explained_recomputation
 from clip_train.models.text_lengths import TokenIds
 
 OTHER = "other"
@@ -115,8 +116,9 @@ class PlannedModel:
     def backward(self, outputs: tuple[Tensor, ...]) -> None:
         """Through everything that learns."""
         wanted = [x.float().sum() for x in outputs if x.requires_grad]
-        if wanted:
-            torch.stack(wanted).sum().backward()
+        with explained_recomputation():
+            if wanted:
+                torch.stack(wanted).sum().backward()
 
     def count_flops(self, tokens: int | None = None) -> Flops:
         """Of one pair whose text has so many tokens (the whole context if None)."""

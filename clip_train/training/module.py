@@ -16,6 +16,7 @@ from clip_train.data.batches import Batch
 from clip_train.data.keyed_random import MODEL_NOISE, keyed_bits
 from clip_train.distributed import around_exchanges
 from clip_train.models import DualEncoder
+from clip_train.models.checkpointing import explained_recomputation
 from clip_train.models.cpu_attention import fast_attention
 from clip_train.models.locking import fixed_names
 from clip_train.models.text_lengths import with_lengths
@@ -149,7 +150,8 @@ class ClipModule(L.LightningModule):
         if last and self.trainer.world_size > 1:
             when_computed(loss, partial(self.times.enter, COMMUNICATION))
         # Lightning's step is under autocast, which is for forward only.
-        with self.times.part(BACKWARD), local, torch.autocast(self.device.type, enabled=False):
+        uncast = torch.autocast(self.device.type, enabled=False)
+        with self.times.part(BACKWARD), local, uncast, explained_recomputation():
             self.manual_backward(loss, gradient=telling_seed(loss))
 
     def send(self, batch: Batch) -> Batch:

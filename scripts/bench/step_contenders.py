@@ -1,9 +1,11 @@
 """The training steps that `step.py` and `large_batch.py` compare, and one measured run of one of them."""
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from loader_shards import SMALL_PHOTOS
 from measure import PeakMemory
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from clip_train.data.demo import unpack_demo
 from clip_train.data.index import load_indexes
@@ -52,6 +54,7 @@ class StepJob:
         precision: `32`, or `bf16` for autocast.
         threads: of the processor.
         steps: that are timed, after those that allocate the optimizer's state and compile.
+        open_clip_main: folder of a checkout of open_clip's main branch, for the contender of that name.
         compiled, checkpointing, float8: of ours, as `trainer.compile`, `model.grad_checkpointing` and `trainer.float8`.
     """
 
@@ -67,6 +70,7 @@ class StepJob:
     compiled: bool = False
     checkpointing: str = NONE
     float8: bool = False
+    open_clip_main: str = ""
 
 
 @dataclass
@@ -161,16 +165,16 @@ def _ours(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
     return step
 
 
-class _Loader(list[tuple[Tensor, Tensor]]):
+class _Loader(list[Any]):
     """Batches as open_clip's training loop expects them."""
+
+    def __init__(self, batches: Sequence[Any], num_samples: int) -> None:
+        super().__init__(batches)
+        self.num_samples = num_samples
 
     @property
     def num_batches(self) -> int:
         return len(self)
-
-    @property
-    def num_samples(self) -> int:
-        return sum(len(texts) for _, texts in self)
 
 
 def _open_clip(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
@@ -180,16 +184,35 @@ def _open_clip(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
     from open_clip_train.train import train_one_epoch
 
     clip = open_clip.create_model(OPEN_CLIP_NAMES[job.model], output_dict=True, device=job.device)
-    (pixels, ids), at_once = _batch(job), micro_batch or job.batch
+    data, optimizer, args = _for_open_clip(job, clip, micro_batch or job.batch)
+    return lambda: train_one_epoch(clip, data, ClipLoss(), 0, optimizer, None, None, None, args)
+
+
+def _open_clip_main(job: StepJob) -> Callable[[], None]:
+    """The same of a checkout of its main branch, whose loop takes a task that has the model, and dictionaries."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("open_clip", "open_clip_train")]:
+        del sys.modules[name]  # what is installed
+    sys.path.insert(0, f"{job.open_clip_main}/src")
+    open_clip, tasks = import_module("open_clip"), import_module("open_clip.task")
+    loop = import_module("open_clip_train.train")
+    clip = open_clip.create_model(OPEN_CLIP_NAMES[job.model], output_dict=True, device=job.device)
+    data, optimizer, args = _for_open_clip(job, clip, job.batch)
+    loader = data["train"].dataloader
+    loader[:] = [{"image": pixels, "text": ids} for pixels, ids in loader]
+    state = loop.TrainState(tasks.CLIPTask(clip), optimizer)
+    return lambda: loop.train_one_epoch(state, data, args)
+
+
+def _for_open_clip(
+    job: StepJob, clip: nn.Module, at_once: int
+) -> tuple[dict[str, SimpleNamespace], torch.optim.Optimizer, SimpleNamespace]:
+    """The data of an epoch, the optimizer and the arguments that its loops take."""
+    pixels, ids = _batch(job)
     pieces = [slice(start, start + at_once) for start in range(0, job.batch, at_once)]
-    loader = _Loader(
-        [((pixels[part].contiguous() / 127.5 - 1).to(job.device), ids[part].to(job.device)) for part in pieces]
-    )
-    data = {"train": SimpleNamespace(dataloader=loader, set_epoch=lambda epoch: None)}
+    batches = [((pixels[part].contiguous() / 127.5 - 1).to(job.device), ids[part].to(job.device)) for part in pieces]
     decayed = [p for p in clip.parameters() if p.ndim >= 2]
     others = [p for p in clip.parameters() if p.ndim < 2]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, **_ADAMW)
     args = SimpleNamespace(
         device=job.device,
         precision="amp_bf16" if job.precision == "bf16" else "fp32",
@@ -199,15 +222,17 @@ def _open_clip(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
         log_every_n_steps=1,
         rank=0,
         world_size=1,
-        **dict.fromkeys(("distill", "horovod", "wandb"), False),
+        **dict.fromkeys(("distill", "distributed", "horovod", "wandb"), False),
         skip_scheduler=True,
     )
-    return lambda: train_one_epoch(clip, data, ClipLoss(), 0, optimizer, None, None, None, args)
+    data = {"train": SimpleNamespace(dataloader=_Loader(batches, job.batch), set_epoch=lambda epoch: None)}
+    return data, torch.optim.AdamW(groups, **_ADAMW), args
 
 
 CONTENDERS: dict[str, Callable[[StepJob], Callable[[], None]]] = {
     "ours, whole batch": lambda job: _ours(job, None),
     "ours, cached": lambda job: _ours(job, job.micro_batch),
     "open_clip, whole batch": lambda job: _open_clip(job, None),
+    "open_clip main, whole batch": _open_clip_main,
     "open_clip, --accum-freq": lambda job: _open_clip(job, job.micro_batch),
 }

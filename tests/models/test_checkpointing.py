@@ -22,6 +22,7 @@ from clip_train.models.checkpointing import (
     _Policy,
     checkpoint_blocks,
     checkpointing_mode,
+    explained_recomputation,
 )
 from clip_train.models.cpu_attention import fast_attention
 from clip_train.models.layers import innermost_blocks, repeated_blocks
@@ -290,6 +291,22 @@ def test_a_block_that_cannot_be_computed_again_is_refused(mode):
     loss = blocks(torch.randn(3, 4, requires_grad=True)).sum()
     with pytest.raises(
         ConfigError, match=rf"grad_checkpointing={mode}: Remembering cannot be computed again \(.*size.*\); give none"
+    ):
+        loss.backward()
+
+
+def test_a_block_that_computes_something_else_the_second_time_is_refused():
+    class Growing(Remembering):
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(x)
+            return self.layers(torch.cat(self.seen))[: len(x)]
+
+    blocks = nn.Sequential(Growing(), Growing())
+    checkpoint_blocks(blocks, BLOCKS)
+    loss = blocks(torch.randn(3, 4)).sum()
+    with (
+        pytest.raises(ConfigError, match=r"grad_checkpointing: a block computes something else .*; give none"),
+        explained_recomputation(),
     ):
         loss.backward()
 
