@@ -98,8 +98,8 @@ def statistics(
 ]:
     """Of each row of S = x y^T, its maximum and the sum of 2^(S - maximum); then of each column. All fp32."""
     (m, dim), n = x.shape, len(y)
-    rows = torch.empty(2, triton.cdiv(n, _LEAST_BLOCK_N), m, device=x.device)
-    columns = torch.empty(2, triton.cdiv(m, _LEAST_BLOCK_M), n, device=x.device)
+    fp32 = functools.partial(torch.empty, dtype=torch.float32, device=x.device)  # whatever the default is
+    rows, columns = fp32(2, triton.cdiv(n, _LEAST_BLOCK_N), m), fp32(2, triton.cdiv(m, _LEAST_BLOCK_M), n)
     with torch.cuda.device_of(x):
         _statistics_kernel[_grid(m, n)](x.contiguous(), y.contiguous(), *rows, *columns, m, n, DIM=dim)
     block = _statistics_kernel.best_config.kwargs  # decides how many parts were written

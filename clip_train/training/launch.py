@@ -130,9 +130,25 @@ def _check_launcher(launcher: str, devices: int | str, local: int) -> None:
 
 
 def cpus_per_process(world: World) -> int:
-    """Processors this process may use, its neighbours' share left out."""
-    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, available // world.devices)
+    """CPUs that this process may use, its neighbours' share left out.
+
+    A launcher may have bound each process to CPUs of its own, or several to those near their GPUs.
+    """
+    return max(1, min(_usable_cpus(), _cpus_of_node(world) // world.devices))
+
+
+def _cpus_of_node(world: World) -> int:
+    """That all processes of this node have between them."""
+    if isinstance(world.environment, SLURMEnvironment):
+        return int(os.environ.get("SLURM_CPUS_ON_NODE", _usable_cpus()))
+    if isinstance(world.environment, TorchElasticEnvironment):
+        return _usable_cpus(os.getppid())  # torchrun, which starts all of them
+    return _usable_cpus()
+
+
+def _usable_cpus(process: int = 0) -> int:
+    """That a process, or this one (0), may run on."""
+    return len(os.sched_getaffinity(process)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_workers(setting: int | str, world: World, key: str) -> int:

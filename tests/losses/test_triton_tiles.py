@@ -71,6 +71,19 @@ def test_equals_the_definition(interpreter, m, n, dim, scale):
     interpreter.submit(check_weights, x, y).result()
 
 
+def check_with_bf16_as_default(x: Tensor, y: Tensor) -> None:
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does for precision=bf16-true
+    try:
+        check_statistics(x, y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_statistics_are_fp32_whatever_the_default(interpreter):
+    x, y = rows(33, 48, 100 * LOG2_E), rows(64, 48, seed=1)
+    interpreter.submit(check_with_bf16_as_default, x, y).result()
+
+
 @pytest.mark.parametrize("signs", [[-1.0], [1.0, -1.0]])
 def test_neither_overflows_nor_underflows(interpreter, signs):
     """All rows opposite to all columns, or only every other one."""

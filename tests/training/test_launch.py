@@ -1,7 +1,9 @@
+import os
+
 import pytest
 
 from clip_train.errors import ConfigError
-from clip_train.training.launch import find_world
+from clip_train.training.launch import cpus_per_process, find_world, num_workers
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}
 SRUN = {
@@ -15,7 +17,7 @@ SRUN = {
 
 @pytest.fixture
 def set_env(monkeypatch):
-    for name in {*TORCHRUN, *SRUN, "NODE_RANK", "SLURM_NTASKS_PER_NODE"}:
+    for name in {*TORCHRUN, *SRUN, "NODE_RANK", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_ON_NODE"}:
         monkeypatch.setenv(name, "")  # so that it is restored, whatever the code sets
         monkeypatch.delenv(name)
     return lambda variables: [monkeypatch.setenv(*item) for item in variables.items()]
@@ -52,3 +54,22 @@ def test_started_by_lightning(set_env):
 def test_impossible_devices(set_env, devices):
     with pytest.raises(ConfigError, match=r"trainer\.devices"):
         find_world("cpu", devices, 1)
+
+
+@pytest.mark.parametrize(
+    ("variables", "own", "expected"),
+    [
+        (SRUN | {"SLURM_CPUS_ON_NODE": "16"}, 8, 8),  # bound by srun to CPUs of its own
+        (SRUN | {"SLURM_CPUS_ON_NODE": "16"}, 16, 8),  # not bound
+        (SRUN, 8, 4),  # of a scheduler that does not say: nothing but one's own is known
+        (TORCHRUN, 8, 8),  # bound by torchrun, which may use 16
+        (TORCHRUN, 16, 8),
+        ({}, 8, 4),  # Lightning's processes all run where the first one may
+    ],
+)
+def test_a_process_counts_its_share_of_the_cpus_once(set_env, monkeypatch, variables, own, expected):
+    set_env(variables)
+    usable = {0: set(range(own)), os.getppid(): set(range(16))}
+    monkeypatch.setattr(os, "sched_getaffinity", usable.get)
+    world = find_world("cpu", 2, 1)
+    assert cpus_per_process(world) == num_workers("auto", world, "data.num_workers") == expected
