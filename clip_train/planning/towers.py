@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 from clip_train.errors import ConfigError
 from clip_train.models import DualEncoder, create_dual_encoder
@@ -124,9 +124,9 @@ class PlannedModel:
         """Of one pair whose text has so many tokens (the whole context if None)."""
         self.model.train()
         with self.fake(), self.autocast():
-            with FlopCounterMode(display=False) as forward:
+            with FlopCounterMode(display=False, custom_mapping=COUNTS) as forward:
                 outputs = self.model(*self.inputs(2, tokens))  # two, as batch norms refuse one
-            with FlopCounterMode(display=False, custom_mapping=CONVOLUTION) as backward:
+            with FlopCounterMode(display=False, custom_mapping=COUNTS) as backward:
                 self.backward(outputs)
         for parameter in self.model.parameters():
             parameter.grad = None
@@ -145,8 +145,22 @@ def _convolution_backward(
     return conv_flop_count(list(x), list(weight), list(grad), transposed) * sum(output_mask[:2])
 
 
-# For FlopCounterMode's custom_mapping.
-CONVOLUTION = {torch.ops.aten.convolution_backward: _convolution_backward}
+def _attention(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+# For FlopCounterMode's custom_mapping. torch 2.11 does not count a CPU's attention.
+COUNTS = {
+    torch.ops.aten.convolution_backward: _convolution_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 def _without_weights(tower: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from clip_train.data.batches import Batch
 from clip_train.errors import ConfigError, first_line
 from clip_train.models.text_lengths import TokenIds
 from clip_train.planning.hardware import Hardware, find_hardware, known_gpu
-from clip_train.planning.towers import CONVOLUTION, PlannedModel
+from clip_train.planning.towers import COUNTS, PlannedModel
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +83,9 @@ def _training_flops(
     learns = {parameter.requires_grad for part in parts for parameter in part.parameters()}
     with planned.fake():
         inputs = planned.inputs(2, tokens)[side]
-        with FlopCounterMode(display=False) as forward:
+        with FlopCounterMode(display=False, custom_mapping=COUNTS) as forward:
             features: Tensor = encode(inputs)
-        with FlopCounterMode(display=False, custom_mapping=CONVOLUTION) as backward:
+        with FlopCounterMode(display=False, custom_mapping=COUNTS) as backward:
             if learns == {True, False}:
                 planned.backward((features,))
     per_forward = 3 if learns == {True} else 1
