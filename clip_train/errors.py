@@ -13,6 +13,10 @@ class DataError(ClipTrainError):
     """Shards or samples that cannot be used."""
 
 
+class UnreachableError(DataError):
+    """Data that could not be read for some time, though it may be there: to try again later may help."""
+
+
 class OutOfMemoryError(ClipTrainError):
     """A step does not fit into the memory of a device."""
 

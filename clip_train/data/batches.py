@@ -21,7 +21,7 @@ from clip_train.data.pairs import PairReader, UnusableSample
 from clip_train.data.stages import StageClock
 from clip_train.data.staging import Stager
 from clip_train.data.tokenizer_choice import CaptionTokenizer
-from clip_train.errors import DataError
+from clip_train.errors import DataError, UnreachableError
 
 MAX_CONSECUTIVE_BAD = 100
 UNUSABLE = (UnusableImage, UnusableCaption, UnusableSample)
@@ -47,13 +47,13 @@ class BadSample(NamedTuple):
 class Batch(TypedDict):
     """A rank's part of one global batch.
 
-    `bad` tells of the samples that could not be used and were replaced; `error`, if not empty, says why none could be.
-    It travels as data, because an exception in a loader's worker reaches one rank only and would leave the others
-    waiting. `label`, if the model asks for it, is the samples' classes; `captions`, if evaluation does, all of each
-    sample's captions; `features`, in place of pictures, is what its
-    tower made of them before. `names` are the samples' shards and numbers, if they were asked for; `seconds` is what
-    each stage of loading took; `retries` is how often the process that made it had to go on with a download since its
-    last batch.
+    `bad` tells of the samples that could not be used and were replaced; `error`, if not empty, says why none could
+    be, and `passing` whether that may pass. It travels as data, because an exception in a loader's worker reaches one
+    rank only and would leave the others waiting. `label`, if the model asks for it, is the samples' classes;
+    `captions`, if evaluation does, all of each sample's captions; `features`, in place of pictures, is what its tower
+    made of them before. `names` are the samples' shards and numbers, if they were asked for; `seconds` is what each
+    stage of loading took; `retries` is how often the process that made it had to go on with a download since its last
+    batch.
     """
 
     image: UInt8[Tensor, "b 3 height width"]
@@ -63,6 +63,7 @@ class Batch(TypedDict):
     features: NotRequired[Float[Tensor, "b width"]]
     bad: list[BadSample]
     error: str
+    passing: NotRequired[bool]
     names: list[str]
     seconds: dict[str, float]
     retries: int
@@ -115,7 +116,7 @@ class TrainBatches(Dataset[Batch]):
             used = zip(shards, [text.number for text in texts])
             names = [self.reader.name(*sample) for sample in used] if self.with_names else []
         except DataError as error:
-            return failed(str(error), bad)
+            return failed(str(error), bad, passing=isinstance(error, UnreachableError))
         ids = self._tokens([text.caption for text in texts], positions)
         clock.lap("tokenize")
         labels = [text.label for text in texts] if self.with_labels else None
@@ -210,7 +211,9 @@ def assemble(
     return batch
 
 
-def failed(error: str, bad: Sequence[BadSample] = ()) -> Batch:
-    """What is sent instead of a batch that cannot be made."""
+def failed(error: str, bad: Sequence[BadSample] = (), passing: bool = False) -> Batch:
+    """What is sent instead of a batch that cannot be made; `passing` if it may be made later."""
     nothing = torch.empty(0)
-    return Batch(image=nothing, text=nothing, bad=list(bad), error=error, names=[], seconds={}, retries=0)
+    return Batch(
+        image=nothing, text=nothing, bad=list(bad), error=error, passing=passing, names=[], seconds={}, retries=0
+    )

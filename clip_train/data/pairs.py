@@ -12,12 +12,14 @@ import numpy as np
 from clip_train.data.captions import CaptionSource, UnusableCaption
 from clip_train.data.class_names import ClassNames
 from clip_train.data.index import ABSENT, ShardIndex
+from clip_train.data.retries import with_retries
 from clip_train.errors import DataError
 
 _OPEN_SHARDS = 256
 _OTHER_DESCRIPTORS = 512  # what a process needs besides: a batch that is sent has two, and up to 16 are on the way
 _MOST_OPEN = 30_000  # the index of each is a mapped file, and a process can map some 65,000
 _PROBED_SAMPLES = 100
+_RETRIES = 15  # of a read that fails: for some four minutes, in which a file server may come back
 _WORTH_READING_OVER = 1 << 16  # bytes between two files of a sample that cost less than a second call
 
 
@@ -232,10 +234,15 @@ class PairReader:
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         name = self._shards[shard].shard
-        try:
-            content = os.pread(self._open(shard).descriptor, size, offset)
-        except OSError as error:
-            raise DataError(f"shard {name} cannot be read any more: {error.strerror}") from error
+
+        def read() -> bytes:
+            try:
+                return os.pread(self._open(shard).descriptor, size, offset)
+            except OSError:
+                self._close(shard)  # a descriptor of before a server's failure may stay useless
+                raise
+
+        content = with_retries(read, f"shard {name} cannot be read any more", _RETRIES)
         if len(content) < size:
             raise DataError(f"shard {name} has become shorter since it was indexed: do not change shards in use")
         return content
@@ -243,10 +250,14 @@ class PairReader:
     def _open(self, shard: int) -> _OpenShard:
         if shard not in self._open_shards:
             while len(self._open_shards) >= self._most_open:
-                os.close(self._open_shards.popitem(last=False)[1].descriptor)
+                self._close(next(iter(self._open_shards)))
             self._open_shards[shard] = _opened(self._shards[shard], self._keys[shard])
         self._open_shards.move_to_end(shard)
         return self._open_shards[shard]
+
+    def _close(self, shard: int) -> None:
+        if opened := self._open_shards.pop(shard, None):
+            os.close(opened.descriptor)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open_shards": OrderedDict()}  # descriptors do not travel to another process
@@ -276,10 +287,8 @@ def _count(shard: ShardIndex | RemoteShard, keys: _Keys) -> int:
 
 def _opened(shard: ShardIndex | RemoteShard, keys: _Keys) -> _OpenShard:
     if isinstance(shard, ShardIndex):
-        try:
-            descriptor, index = os.open(shard.shard, os.O_RDONLY), shard
-        except OSError as error:
-            raise DataError(f"shard {shard.shard} cannot be read any more: {error.strerror}") from error
+        name = f"shard {shard.shard} cannot be read any more"
+        descriptor, index = with_retries(lambda: os.open(shard.shard, os.O_RDONLY), name, _RETRIES), shard
     else:
         descriptor, index = shard.open()
     try:

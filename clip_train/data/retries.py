@@ -1,4 +1,4 @@
-"""Failures of the network: which of them pass, what to tell of them, and trying again."""
+"""Failures of networks and disks: which of them pass, what to tell of them, and trying again."""
 
 import asyncio
 import itertools
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from clip_train.errors import DataError
+from clip_train.errors import DataError, UnreachableError
 
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 30.0
 _TEMPORARY_STATUS = (408, 416, 425, 429)
@@ -39,7 +39,8 @@ def with_retries(
     """Run `attempt` until it succeeds; each time it is run again, log a warning and call `count`.
 
     Raises:
-        DataError: the failure is permanent, or came `retries + 1` times; the message begins with `name`.
+        DataError: the failure is permanent; the message begins with `name`.
+        UnreachableError: it came `retries + 1` times; likewise.
         Cancelled: `cancelled()` became true, or `attempt` raised it.
     """
     for number in itertools.count(1):
@@ -52,7 +53,7 @@ def with_retries(
             if is_permanent(error):
                 raise DataError(f"{name}: {reason}") from error
             if number > retries:
-                raise DataError(f"{name}: given up after {number} attempts: {reason}") from error
+                raise UnreachableError(f"{name}: given up after {number} attempts: {reason}") from error
             count()
             _log.warning("%s: %s; retry %d of %d", name, reason, number, retries)
             wait(_back_off(number), cancelled)

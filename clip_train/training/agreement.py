@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from clip_train.data.batches import Batch
 from clip_train.distributed import gather_objects, group_size, host_group
-from clip_train.errors import DataError
+from clip_train.errors import DataError, FaultError
 from clip_train.training.bad_samples import BadSamples
 from clip_train.training.module import ClipModule
 from clip_train.training.signals import stop_requested
@@ -66,7 +66,10 @@ class RankAgreement(Callback):
         for vote, total in zip(self.votes, totals, strict=True):
             vote.total = total
         if failed:
-            raise DataError(gather_objects([batch["error"]] if batch["error"] else [], self._group)[0])
+            errors = [(batch["error"], batch.get("passing", False))] if batch["error"] else []
+            reason, passing = gather_objects(errors, self._group)[0]
+            # A run that has come so far had its data right: started again, it may go on.
+            raise FaultError(reason) if passing and pl_module.samples_seen else DataError(reason)
         if bad:
             found = gather_objects(batch["bad"], self._group)
             samples_seen = pl_module.samples_seen + pl_module.clock.batch_size

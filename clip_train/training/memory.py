@@ -8,6 +8,8 @@ from pathlib import Path
 from clip_train.errors import OutOfMemoryError
 from clip_train.out_of_memory import is_out_of_memory
 
+_GROUP = Path("/sys/fs/cgroup")
+
 
 @contextmanager
 def explained_out_of_memory(micro_batch_size: int | None, local_batch: int) -> Iterator[None]:
@@ -58,9 +60,10 @@ def host_memory_limit(processes: int) -> Iterator[None]:
 
 def _free_in_group() -> float:
     """Kilobytes that the control group of a container or job still allows."""
-    folder = Path("/sys/fs/cgroup")
     try:
-        return (int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())) / 1024
+        limit, used = (int((_GROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (_GROUP / "memory.stat").read_text().splitlines())
+        return (limit - used + int(statistics.get("inactive_file", 0))) / 1024  # what files left there makes room
     except (OSError, ValueError):  # no such group, or no limit
         return math.inf
 

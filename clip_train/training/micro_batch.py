@@ -3,6 +3,7 @@
 import gc
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import cast
 
 import lightning as L
@@ -47,7 +48,8 @@ class MicroBatchSearch(Callback):
         texts[:, -1] = self.vocab_size - 1  # the end: as long as texts can be
 
         def try_step(pairs: int) -> None:
-            with host_memory_limit(self.processes):
+            # A GPU says itself that it is full.
+            with host_memory_limit(self.processes) if pl_module.device.type == "cpu" else nullcontext():
                 _hold_what_a_step_holds(pl_module, images.to(pl_module.device), texts.to(pl_module.device), pairs)
 
         size = find_micro_batch_size(try_step, self.local_batch, max_on_hosts)

@@ -45,8 +45,8 @@ class StepProfile(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module, outputs, batch, batch_idx) -> None:
         self._seen += 1
-        if self._profile and self._seen >= _WARM_UP + self.steps:
-            with self.paused(trainer):
+        if self._seen == _WARM_UP + self.steps:
+            with self.paused(trainer):  # on all ranks, as it may find that they must go back
                 self._write()
 
     def on_train_end(self, trainer, pl_module) -> None:

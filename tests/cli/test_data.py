@@ -105,7 +105,7 @@ def test_a_shard_that_vanishes_during_the_run_ends_it_on_all_ranks(tmp_path, mak
         Path(shard).unlink()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "clip-train: error: shard" in errors and "cannot be read any more: No such file" in errors
+    assert "clip-train: error: shard" in errors and "cannot be read any more: it does not exist" in errors
 
 
 def test_a_mixture_keeps_its_shares_and_reports_epochs(tmp_path, make_shards):

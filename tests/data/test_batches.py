@@ -1,5 +1,7 @@
+import errno
 import os
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -107,7 +109,34 @@ def test_a_shard_that_shrinks_or_vanishes_is_named(make_shards):
     assert f"shard {shards[2]} has become shorter" in batches[0]["error"]
     Path(shards[2]).unlink()
     fresh = replace(batches, reader=pickle.loads(pickle.dumps(batches.reader)))  # as a new worker has it
-    assert f"shard {shards[2]} cannot be read any more: No such file" in fresh[0]["error"]
+    failed = fresh[0]
+    assert f"shard {shards[2]} cannot be read any more: it does not exist" in failed["error"] and not failed["passing"]
+
+
+@pytest.mark.parametrize(("failures", "comes_back"), [(2, True), (1000, False)])
+def test_a_file_server_that_is_away_for_a_while(make_shards, monkeypatch, failures, comes_back):
+    batches = train_batches(make_shards([9, 4, 10]), batch_size=23)
+    expected = batches[0]
+    fresh = replace(batches, reader=pickle.loads(pickle.dumps(batches.reader)))
+    pread, waits, stale = os.pread, [], []
+
+    def failing(descriptor: int, size: int, offset: int) -> bytes:
+        if len(stale) < failures:
+            stale.append(descriptor)
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return pread(descriptor, size, offset)
+
+    monkeypatch.setattr(os, "pread", failing)
+    monkeypatch.setattr("clip_train.data.retries.wait", lambda seconds, cancelled: waits.append(seconds))
+    closed = []
+    monkeypatch.setattr(os, "close", lambda descriptor, close=os.close: (closed.append(descriptor), close(descriptor)))
+    found = fresh[0]
+    assert closed[: len(stale)] == stale  # what a server has forgotten stays useless
+    if comes_back:
+        assert torch.equal(found["image"], expected["image"]) and torch.equal(found["text"], expected["text"])
+    else:
+        assert re.search("shard .* cannot be read any more: given up after .*Stale file handle", found["error"])
+        assert found["passing"] and len(waits) == 15
 
 
 def test_fast_and_exact_decoding_take_the_same_crop(tmp_path):

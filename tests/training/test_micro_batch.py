@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 
 from clip_train.errors import OutOfMemoryError
 from clip_train.models import create_dual_encoder
-from clip_train.training.memory import explained_out_of_memory, host_memory_limit
+from clip_train.training.memory import _free_in_group, explained_out_of_memory, host_memory_limit
 from clip_train.training.micro_batch import _as_large_as_the_state, find_micro_batch_size
 from clip_train.training.optimizer import build_optimizer
 from tests.models.test_dual_encoder import TINY
@@ -68,6 +69,19 @@ def test_a_host_runs_out_of_memory_instead_of_being_killed():
     with host_memory_limit(processes=1), pytest.raises(OutOfMemoryError), explained_out_of_memory(None, 2):
         torch.ones(1 << 44)
     assert torch.ones(1 << 20).sum() == 1 << 20
+
+
+def test_what_files_left_in_a_containers_memory_makes_room(tmp_path, monkeypatch):
+    for name, content in {
+        "memory.max": "4194304",
+        "memory.current": "4194304",
+        "memory.stat": "anon 1048576\ninactive_file 2097152\n",
+    }.items():
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr("clip_train.training.memory._GROUP", tmp_path)
+    assert _free_in_group() == 2048
+    (tmp_path / "memory.max").write_text("max")
+    assert _free_in_group() == math.inf
 
 
 @pytest.mark.parametrize("optim", [{}, {"state": "bf16"}, {"name": "lion"}, {"name": "sgd"}], ids=str)
