@@ -14,8 +14,9 @@ def _caption(cfg: DictConfig) -> int:
     import torch
     from omegaconf import OmegaConf
 
+    from clip_train.data.picture_files import find_pictures
     from clip_train.errors import ConfigError
-    from clip_train.evaluation.captioning import caption_pictures, find_pictures
+    from clip_train.evaluation.captioning import caption_pictures
     from clip_train.interop.model_source import open_model
     from clip_train.models.captioner import Captioner
     from clip_train.models.generation import CaptionOptions

@@ -93,7 +93,7 @@ def _asked(cfg: DictConfig) -> list[tuple[str, bytes | None]]:
     """Texts, or names of pictures with the pictures."""
     from pathlib import Path
 
-    from clip_train.evaluation.captioning import find_pictures
+    from clip_train.data.picture_files import find_pictures
 
     if len([key for key in ("text", "image", "batch") if cfg[key] is not None]) != 1:
         raise ConfigError("give exactly one of text=, image= and batch=")

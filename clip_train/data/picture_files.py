@@ -1,12 +1,14 @@
-"""Pictures that are files of their own, without captions."""
+"""Pictures that are files of their own, without captions: finding them, and reading them as samples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from clip_train.data.captions import CaptionSource
 from clip_train.data.class_names import ClassNames
 from clip_train.data.pairs import Pair
-from clip_train.errors import DataError
+from clip_train.errors import ConfigError, DataError
+
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 class PictureFiles:
@@ -48,3 +50,30 @@ class PictureFiles:
     def key(self, shard: int, sample: int) -> str:
         """The file's path in the folder, without its extension."""
         return str(self._paths[sample].relative_to(self._folder).with_suffix(""))
+
+
+def find_pictures(pattern: str, setting: str = "images") -> list[Path]:
+    """A picture, those of a folder and its subfolders, or those that a glob fits, in the order of their names.
+
+    Args:
+        setting: the config key that the pattern came from, for the error.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    path = Path(pattern)
+    if path.is_dir():
+        found = list(pictures_in(path))
+    elif path.exists():
+        found = [path]
+    else:
+        anchor = Path(path.anchor)
+        found = [file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file()]
+    if not found:
+        raise ConfigError(f"{setting}={pattern}: no such picture, nor any in a folder of that name or by that pattern")
+    return sorted(found)
+
+
+def pictures_in(folder: Path) -> Iterator[Path]:
+    """Those of a folder and its subfolders, in no order."""
+    return (file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)

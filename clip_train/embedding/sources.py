@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from clip_train.data.index import ABSENT, ShardIndex
+from clip_train.data.picture_files import find_pictures, pictures_in
 from clip_train.data.remote import scheme_of
 from clip_train.data.shards import expand_shards
 from clip_train.embedding.options import IMAGE, TEXT, EmbedOptions
 from clip_train.errors import ConfigError, DataError
-from clip_train.evaluation.captioning import find_pictures, pictures_in
 from clip_train.shard_tools.access import ShardAccess
 from clip_train.shard_tools.samples import SampleTask, Selection, check_key
 

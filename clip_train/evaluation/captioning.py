@@ -9,38 +9,9 @@ import torch
 from clip_train.data.decoding import UnusableImage
 from clip_train.data.preprocessing import preprocess
 from clip_train.data.tokenizer import ClipTokenizer
-from clip_train.errors import ConfigError, DataError
+from clip_train.errors import DataError
 from clip_train.models.captioner import Captioner
 from clip_train.models.generation import CaptionOptions, generate
-
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-
-
-def find_pictures(pattern: str, setting: str = "images") -> list[Path]:
-    """A picture, those of a folder and its subfolders, or those that a glob fits, in the order of their names.
-
-    Args:
-        setting: the config key that the pattern came from, for the error.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    path = Path(pattern)
-    if path.is_dir():
-        found = list(pictures_in(path))
-    elif path.exists():
-        found = [path]
-    else:
-        anchor = Path(path.anchor)
-        found = [file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file()]
-    if not found:
-        raise ConfigError(f"{setting}={pattern}: no such picture, nor any in a folder of that name or by that pattern")
-    return sorted(found)
-
-
-def pictures_in(folder: Path) -> Iterator[Path]:
-    """Those of a folder and its subfolders, in no order."""
-    return (file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
 
 
 def caption_pictures(

@@ -16,11 +16,10 @@ from clip_train.data.eval_batches import EvalBatches
 from clip_train.data.files import utf8, write_atomic
 from clip_train.data.labelled import set_name, shard_patterns
 from clip_train.data.pairs import PairReader
-from clip_train.data.picture_files import PictureFiles
+from clip_train.data.picture_files import PictureFiles, find_pictures
 from clip_train.distributed import agreed, gather_objects, gather_on_first, group_rank, own_part
 from clip_train.errors import ConfigError, DataError
 from clip_train.evaluation.captioned_set import CaptionedImages, encode_images, encode_texts
-from clip_train.evaluation.captioning import find_pictures
 from clip_train.evaluation.labelled_set import (
     check_same,
     data_address,

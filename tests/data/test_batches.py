@@ -110,7 +110,9 @@ def test_a_shard_that_shrinks_or_vanishes_is_named(make_shards):
     Path(shards[2]).unlink()
     fresh = replace(batches, reader=pickle.loads(pickle.dumps(batches.reader)))  # as a new worker has it
     failed = fresh[0]
-    assert f"shard {shards[2]} cannot be read any more: it does not exist" in failed["error"] and not failed.get("passing")
+    assert f"shard {shards[2]} cannot be read any more: it does not exist" in failed["error"] and not failed.get(
+        "passing"
+    )
 
 
 @pytest.mark.parametrize(("failures", "comes_back"), [(2, True), (1000, False)])

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from clip_train.data.demo import unpack_demo
+from clip_train.data.picture_files import find_pictures
 from clip_train.data.preprocessing import preprocess
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.errors import ConfigError, DataError
-from clip_train.evaluation.captioning import caption_pictures, find_pictures
+from clip_train.evaluation.captioning import caption_pictures
 from clip_train.losses import CaptioningLoss
 from clip_train.models.captioner import Captioner
 from clip_train.models.generation import CaptionOptions
