@@ -6,9 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from clip_train.checkpoints.folder import read_weights, verify
+from clip_train.commands.program import config_dir
+from clip_train.commands.train import main
 from clip_train.training.csv_logger import read_metrics
+from tests.cli.embeddings import call
 from tests.cli.runs import TINY, clip_train, start_clip_train, train_tiny
 
 NO_VAL = "data.val.shards=null"
@@ -127,6 +131,15 @@ def test_help_has_ten_examples_and_answers_without_torch():
     )
     imported = "import sys, clip_train.commands.train as t; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", imported], check=False).returncode == 0
+
+
+def test_the_config_that_is_shown_without_data_has_the_defaults_not_the_demo():
+    code, out, error = call(main, "--cfg", "job", "batch_size=8")
+    assert code == 0, error
+    shown, defaults = OmegaConf.create(out), OmegaConf.load(Path(config_dir()) / "train.yaml")
+    assert (shown.batch_size, shown.max_epochs) == (8, defaults.max_epochs)
+    assert shown.model.vision.name == "vit_base_patch32_clip_224"
+    assert OmegaConf.missing_keys(shown) == {"data.train.shards"}
 
 
 def test_a_run_that_diverges_ends_with_a_report_and_saves_nothing_broken(tmp_path):
