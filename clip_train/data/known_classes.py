@@ -48,7 +48,9 @@ def _table(what: str, language: str) -> dict[str, Any]:
     try:
         folder = files("clip_benchmark") / "datasets"
     except ModuleNotFoundError as error:
-        raise ConfigError("names of well-known sets need clip-benchmark: pip install 'clip_train[eval]'") from error
+        raise ConfigError(
+            "names of well-known sets need clip-benchmark: pip install '.[eval]' in the checkout"
+        ) from error
     try:
         return json.loads((folder / f"{language}_{what}.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:

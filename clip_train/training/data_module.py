@@ -139,7 +139,7 @@ class ClipDataModule(L.LightningDataModule):
         setting = f"eval.zero_shot.{name}"
         given = labelled if isinstance(labelled, Mapping) else {"shards": labelled}
         if not given.get("shards") or set(given) - {"shards", "classes", "classnames"}:
-            raise ConfigError(f"{setting} is neither a pattern nor {{shards: PATTERN, classes: PATH, classnames: NAME}}")
+            raise ConfigError(f"{setting} is no pattern, nor {{shards: PATTERN, classes: PATH or classnames: NAME}}")
         if given.get("classes") and given.get("classnames"):
             raise ConfigError(f"{setting} has classes and classnames: leave one of them out")
         image_key = val["image_key"] if isinstance(val["image_key"], str) else ";".join(val["image_key"])
