@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -43,6 +44,14 @@ def test_ranks_without_a_run_name_share_a_folder_and_each_has_its_log(tmp_path):
     assert "[rank 1] INFO process " in second.read_text()
 
 
+def documented_metrics() -> list[str]:
+    """Patterns of the names in the table of docs/logging.md."""
+    page = (Path(__file__).parents[2] / "docs" / "logging.md").read_text()
+    cells = re.findall(r"^\| (`[a-z_]+/.*?) \|", page, re.MULTILINE)
+    names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    return [re.sub(r"<\w+>", r"\\w+", name).replace("@K", r"@\d+") for name in names]
+
+
 def test_a_run_leaves_its_folder(tmp_path):
     rows = train_tiny(tmp_path, "run", "max_steps=3", "eval.every=2 steps", "eval.report=true")
     folder = tmp_path / "run"
@@ -57,6 +66,8 @@ def test_a_run_leaves_its_folder(tmp_path):
     evaluated = [row["step"] for row in all_rows if row["val/unseen_style/loss"]]
     assert evaluated == ["2", "3"]
     assert "val/unseen_concepts/text_to_image_recall@10" in columns
+    known = documented_metrics()
+    assert [name for name in columns if not any(re.fullmatch(one, name) for one in known)] == ["step", "samples_seen"]
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["complete"], summary["samples_seen"], summary["steps"]) == (True, 96, 3)
     assert summary["metrics"]["train/loss"] == float(rows[-1]["train/loss"])
