@@ -1,1 +1,1 @@
-"""What `clip-eval` does, and training between its steps: zero-shot, retrieval, probes, moderation, ranking, captions."""
+"""What `clip-eval` does, and training between its steps: zero-shot, retrieval, probes, moderation, ranking."""
