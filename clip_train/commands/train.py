@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 _NAMES_THE_DATA = re.compile(r"\+*(data|data\.train|data\.train\.shards|experiment)=|--config-name|-cn")
+_ONLY_SHOWS = re.compile(r"(--cfg|--info|--help|--hydra-help|-c|-i|-h)(=.*)?")  # of the defaults, not of the demo
 _RUN_LENGTHS = ("max_samples", "max_steps", "max_epochs")
 
 
@@ -22,7 +23,8 @@ def main() -> None:
     install_handlers()  # before anything that takes time: an early signal must not kill a job
     from clip_train.commands.program import run_program
 
-    if not any(_NAMES_THE_DATA.match(argument) for argument in sys.argv[1:]):
+    arguments = sys.argv[1:]
+    if not any(_NAMES_THE_DATA.match(argument) or _ONLY_SHOWS.fullmatch(argument) for argument in arguments):
         overrides = [place for place, argument in enumerate(sys.argv) if place and _is_override(argument)]
         sys.argv.insert(min(overrides, default=len(sys.argv)), "experiment=demo")  # overrides must stand together
     run_program("clip-train", "train", _train, short={"resume": "resume.from"})

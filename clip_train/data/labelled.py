@@ -52,6 +52,8 @@ def open_labelled(
     choose_classes: ChooseClasses = lambda own: own(),
     setting: str = "data",
     split_setting: str = "task.split",
+    classes_setting: str = "task.classes",
+    image_setting: str = "data",
     retries: int = 10,
     timeout: float = 60.0,
 ) -> SampleReader:
@@ -64,7 +66,8 @@ def open_labelled(
         image_key: extensions that hold the picture, `;` between them.
         open_shards: from patterns to shards.
         choose_classes: takes the function that finds the set's own class names; returns those to use.
-        setting, split_setting: where address and part are in the config, for errors.
+        setting, split_setting, classes_setting, image_setting: where address, part, class names and `image_key` are in
+            the config, for errors.
         retries, timeout: of a small file elsewhere, see `read_if_there`.
 
     Raises:
@@ -73,8 +76,8 @@ def open_labelled(
     patterns = shard_patterns(address, split, setting, split_setting, retries, timeout)
     if patterns is not None:
         shards = open_shards(patterns)
-        classes = choose_classes(lambda: read_class_names(None, shards[0].shard, "task.classes", retries, timeout))
-        return read_labelled(shards, classes, image_key, setting)
+        classes = choose_classes(lambda: read_class_names(None, shards[0].shard, classes_setting, retries, timeout))
+        return read_labelled(shards, classes, image_key, setting, image_setting)
     folder = _part(Path(os.path.expanduser(address)), split)
     found = find_class_folders(folder, image_key.split(";"), setting)
     return ClassFolders(folder, found, choose_classes(lambda: folder_classes(folder, found)))

@@ -58,7 +58,7 @@ def check_scheme(url: str) -> None:
     try:
         _filesystem_class(scheme)
     except ImportError as error:
-        remedy = "pip install 'clip_train[remote]'" if scheme in _NEEDS_EXTRA else str(error)
+        remedy = "pip install '.[remote]' in the checkout" if scheme in _NEEDS_EXTRA else str(error)
         raise DataError(f"{url}: {scheme}:// needs {_NEEDS_EXTRA.get(scheme, 'a package')}: {remedy}") from error
     except ValueError as error:
         raise DataError(f"{url}: unknown scheme {scheme}://; there are s3, gs, hf, https, http and pipe:") from error

@@ -40,7 +40,9 @@ def check_pyarrow() -> None:
     try:
         import pyarrow.parquet  # noqa: F401
     except ImportError as error:
-        raise ConfigError("metadata are Parquet, which needs an extra: pip install 'clip_train[parquet]'") from error
+        raise ConfigError(
+            "metadata are Parquet, which needs an extra: pip install '.[parquet]' in the checkout"
+        ) from error
 
 
 def write_part(

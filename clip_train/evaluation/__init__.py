@@ -1,1 +1,1 @@
-"""Retrieval on validation sets, exact and sharded over ranks."""
+"""What `clip-eval` does, and training between its steps: zero-shot, retrieval, probes, moderation, ranking."""

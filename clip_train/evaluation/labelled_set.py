@@ -7,11 +7,11 @@ from functools import partial
 
 from omegaconf import DictConfig, OmegaConf
 
-from clip_train.data.class_names import DEFAULT_TEMPLATE, ClassNames, read_class_names
+from clip_train.data.class_names import ClassNames, read_class_names
 from clip_train.data.eval_batches import EvalBatches, SampleReader
 from clip_train.data.files import utf8
 from clip_train.data.fingerprint import describe_shards, digest
-from clip_train.data.known_classes import find_templates, known_names, known_templates
+from clip_train.data.known_classes import known_classes, known_templates
 from clip_train.data.labelled import Shards, open_labelled, set_name
 from clip_train.data.pairs import PairReader
 from clip_train.data.remote_shards import open_shards
@@ -63,11 +63,7 @@ class LabelledSet:
         """
         if self.classes is not None:
             return read_class_names(self.classes, "", "task.classes", retries, timeout)
-        if self.classnames is not None:
-            known = find_templates(self.classnames, self.language) or (DEFAULT_TEMPLATE,)
-            found = ClassNames(known_names(self.classnames, self.language), known)
-        else:
-            found = own()
+        found = own() if self.classnames is None else known_classes(self.classnames, self.language)
         if self.templates is None:
             return found
         return replace(found, templates=known_templates(self.templates, self.language), prompts=None)

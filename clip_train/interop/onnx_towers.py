@@ -35,7 +35,7 @@ def write_onnx_folder(source: ModelSource, folder: Path) -> None:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ConfigError("format=onnx needs onnxscript: pip install 'clip_train[onnx]'") from error
+        raise ConfigError("format=onnx needs onnxscript: pip install '.[onnx]' in the checkout") from error
     model, size = source.model, source.image_size
     vocab_size: int = model.text.trunk.config.vocab_size
     pixels = torch.zeros(2, 3, size, size)

@@ -55,7 +55,7 @@ class SlurmJobs:
         try:
             import submitit
         except ImportError as error:
-            raise ConfigError("hydra/launcher=slurm needs submitit: install clip_train[slurm]") from error
+            raise ConfigError("hydra/launcher=slurm needs submitit: pip install '.[slurm]' in the checkout") from error
         parameters = {name: value for name, value in self.parameters.items() if value is not None}
         lead = parameters.pop("signal_delay_s")
         more = {"signal": f"USR1@{lead}", "requeue": True, **parameters.pop("additional_parameters", {})}

@@ -15,7 +15,9 @@ def check_float8() -> None:
     try:
         import torchao.float8  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"trainer.float8=true needs torchao: pip install 'clip_train[torchao]' ({error})") from error
+        raise ConfigError(
+            f"trainer.float8=true needs torchao: pip install '.[torchao]' in the checkout ({error})"
+        ) from error
     if not torch.cuda.is_available():
         raise ConfigError("trainer.float8=true needs a GPU with products in float8 (Ada, Hopper, later): leave it out")
     if (found := torch.cuda.get_device_capability()) < _FIRST_CAPABILITY:

@@ -61,5 +61,5 @@ def _import_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ConfigError("finetune=lora needs peft: pip install 'clip_train[finetune]'") from error
+        raise ConfigError("finetune=lora needs peft: pip install '.[finetune]' in the checkout") from error
     return peft

@@ -30,7 +30,7 @@ class MetadataFilter:
         try:
             import duckdb
         except ImportError as error:
-            raise ConfigError("where= needs an extra: pip install 'clip_train[search]'") from error
+            raise ConfigError("where= needs an extra: pip install '.[search]' in the checkout") from error
         from pyarrow import ArrowException
 
         self._errors = (duckdb.Error, ArrowException, OSError, ValueError)  # ValueError: of half a surrogate pair

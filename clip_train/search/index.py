@@ -158,7 +158,9 @@ def import_faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise ConfigError("the index is FAISS's, which needs an extra: pip install 'clip_train[search]'") from error
+        raise ConfigError(
+            "the index is FAISS's, which needs an extra: pip install '.[search]' in the checkout"
+        ) from error
     return faiss
 
 

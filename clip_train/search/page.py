@@ -108,7 +108,7 @@ def make_app(page: SearchPage) -> Any:
     try:
         import flask
     except ImportError as error:
-        raise ConfigError("the page needs an extra: pip install 'clip_train[search]'") from error
+        raise ConfigError("the page needs an extra: pip install '.[search]' in the checkout") from error
     from werkzeug.exceptions import HTTPException
 
     app = flask.Flask(__name__)

@@ -202,7 +202,7 @@ def _open_parquet(path: str) -> tuple[list[str], Iterator[Mapping[str, Any]]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise ConfigError(f"source={path}: Parquet needs an extra: pip install 'clip_train[parquet]'") from error
+        raise ConfigError(f"source={path}: Parquet needs an extra: pip install '.[parquet]' in the checkout") from error
     try:
         table = parquet.ParquetFile(path)
     except (ArrowException, OSError) as error:

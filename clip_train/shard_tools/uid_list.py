@@ -88,7 +88,7 @@ def _parquet_uids(path: str, name: str) -> Iterator[object]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
-        raise ConfigError(f"{name}: Parquet needs an extra: pip install 'clip_train[parquet]'") from error
+        raise ConfigError(f"{name}: Parquet needs an extra: pip install '.[parquet]' in the checkout") from error
     try:
         table = parquet.ParquetFile(path)
         if "uid" not in table.schema_arrow.names:

@@ -72,7 +72,7 @@ def sweep_optuna(sweeper: Sweeper, arguments: Sequence[str]) -> None:
         from clip_train.sweeps.search_space import split_overrides
         from clip_train.sweeps.study import StudySettings, StudyTrials
     except ModuleNotFoundError as error:
-        raise ConfigError("hydra/sweeper=optuna needs Optuna: install clip_train[sweep]") from error
+        raise ConfigError("hydra/sweeper=optuna needs Optuna: pip install '.[sweep]' in the checkout") from error
 
     sweep = _Sweep(sweeper)
     settings = sweep.settings

@@ -1,7 +1,7 @@
 """The training stream and the validation sets of a config."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,12 +13,13 @@ from torch.utils.data import DataLoader
 from clip_train.data.augmentation import Augmentation
 from clip_train.data.batches import Batch, TrainBatches
 from clip_train.data.class_names import ClassNames, read_class_names
-from clip_train.data.eval_batches import EvalBatches
+from clip_train.data.eval_batches import EvalBatches, SampleReader
 from clip_train.data.feature_batches import FeatureBatches
 from clip_train.data.files import user_cache
 from clip_train.data.fingerprint import Description, describe, describe_shards, digest
 from clip_train.data.index import ShardIndex
-from clip_train.data.labelled import read_labelled
+from clip_train.data.known_classes import known_classes
+from clip_train.data.labelled import open_labelled
 from clip_train.data.loader import BatchStarts, make_loader
 from clip_train.data.mixture import Mixture
 from clip_train.data.pairs import PairReader
@@ -134,15 +135,35 @@ class ClipDataModule(L.LightningDataModule):
             raise DataError(f"validation set {name}: {reader.num_incomplete} samples lack an image or a caption")
         return reader
 
-    def _open_labelled(self, name: str, labelled: Any, val: Mapping[str, Any]) -> PairReader:
+    def _open_labelled(self, name: str, labelled: Any, val: Mapping[str, Any]) -> SampleReader:
         setting = f"eval.zero_shot.{name}"
         given = labelled if isinstance(labelled, Mapping) else {"shards": labelled}
-        if not given.get("shards") or set(given) - {"shards", "classes"}:
-            raise ConfigError(f"{setting} is neither a pattern nor {{shards: PATTERN, classes: PATH or null}}")
+        if not given.get("shards") or set(given) - {"shards", "classes", "classnames"}:
+            raise ConfigError(f"{setting} is no pattern, nor {{shards: PATTERN, classes: PATH or classnames: NAME}}")
+        if given.get("classes") and given.get("classnames"):
+            raise ConfigError(f"{setting} has classes and classnames: leave one of them out")
         image_key = val["image_key"] if isinstance(val["image_key"], str) else ";".join(val["image_key"])
-        shards = self._open_shards(given["shards"], f"{setting}.shards")
-        classes = self._find_classes(f"{setting}.classes", given.get("classes"), shards[0].shard)
-        return read_labelled(shards, classes, image_key, setting, "data.val")
+        shards = given["shards"]
+
+        def choose_classes(own: Callable[[], ClassNames]) -> ClassNames:
+            if dataset := given.get("classnames"):
+                return known_classes(dataset, setting=f"{setting}.classnames")
+            address = given.get("classes")
+            return self._find_classes(f"{setting}.classes", address, "") if address else own()
+
+        return open_labelled(
+            shards if isinstance(shards, str) else "::".join(shards),
+            "test",
+            image_key=image_key,
+            open_shards=lambda patterns: self._open_shards(patterns, f"{setting}.shards"),
+            choose_classes=choose_classes,
+            setting=setting,
+            split_setting="folder",
+            classes_setting=f"{setting}.classes",
+            image_setting="data.val",
+            retries=self._retries,
+            timeout=self._timeout,
+        )
 
     def _find_classes(self, setting: str, address: str | None, shard: str) -> ClassNames:
         return read_class_names(address, shard, setting, self._retries, self._timeout)

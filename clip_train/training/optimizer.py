@@ -40,7 +40,9 @@ def _adamw_8bit(*args: Any, **options: Any) -> torch.optim.Optimizer:
     try:
         from clip_train.training.adamw_8bit import AdamW8bit
     except ImportError as error:
-        raise ConfigError(f"optim.state=8bit needs torchao: pip install 'clip_train[torchao]' ({error})") from error
+        raise ConfigError(
+            f"optim.state=8bit needs torchao: pip install '.[torchao]' in the checkout ({error})"
+        ) from error
     return AdamW8bit(*args, **options)
 
 

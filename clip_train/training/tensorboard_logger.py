@@ -31,7 +31,9 @@ class TensorboardLogger(RunLogger):
         try:
             import tensorboard  # noqa: F401
         except ImportError as error:
-            raise ConfigError("logger=tensorboard needs the extra: pip install 'clip_train[tensorboard]'") from error
+            raise ConfigError(
+                "logger=tensorboard needs the extra: pip install '.[tensorboard]' in the checkout"
+            ) from error
         # TensorBoard reads them in the order of their names.
         name = f"events.out.tfevents.{time.time():.3f}.{socket.gethostname()}.{os.getpid()}"
         self._writer: PatientWriter[bytes] = PatientWriter(

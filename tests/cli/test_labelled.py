@@ -1,6 +1,7 @@
 """Whole runs on labelled sets: zero-shot evaluation, FLYP, linear probe, learned prompts."""
 
 import json
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from clip_train.checkpoints.folder import read_weights
 from clip_train.training.csv_logger import read_metrics
 from tests.cli.runs import TINY, clip_train, train_tiny
+from tests.cli.test_evaluate import unpacked
 from tests.labelled import CLASSES, make_labelled
 
 SET = ["data.val.shards=null", "data.num_workers=1", "batch_size=28", "optim.warmup=0 steps", "eval.batch_size=16"]
@@ -53,6 +55,28 @@ def test_zero_shot_accuracy_is_logged_and_chooses_checkpoints(base):
     assert (summary["zero_shot/colours_val/top1"], summary["zero_shot/colours_val/top5"]) == found[-1]
     assert "colours_val: top-1" in (base / "train.log").read_text()
     assert (base / "confusion_colours_val.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_set_to_measure_on_may_be_class_folders_under_known_names(tmp_path, pattern, val):
+    folder = unpacked(val, tmp_path / "folders")
+    names, templates = (
+        json.loads((files("clip_benchmark") / "datasets" / f"en_{what}.json").read_text())["fer2013"]
+        for what in ("classnames", "zeroshot_classification_templates")
+    )
+    (tmp_path / "fer.json").write_text(json.dumps({"classnames": names, "templates": templates}))
+    sets = (
+        f"shards: {{shards: {val}}}, folders: {{shards: {folder}}}",
+        f"known: {{shards: {val}, classnames: fer2013}}, named: {{shards: {val}, classes: {tmp_path}/fer.json}}",
+    )
+    run = (f"data.train.shards={pattern}", *SET, "optim.lr=1e-3", "max_steps=3", "eval.picture=false")
+    train_tiny(tmp_path, "run", *run, f"eval.zero_shot={{{', '.join(sets)}}}", ranks=2)
+    metrics = json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]
+    shards, folders, known, named = (
+        [metrics[f"zero_shot/{name}/{metric}"] for metric in ("top1", "top5", "mean_per_class_recall")]
+        for name in ("shards", "folders", "known", "named")
+    )
+    assert shards == pytest.approx(folders) and known == pytest.approx(named)
+    assert shards != known
 
 
 def probe_arguments(pattern: str, val: str, base: Path) -> list[str]:
@@ -123,6 +147,8 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, pattern, val, base):
     Path(tmp_path / "two" / "classes.json").unlink()
     line = refused(tmp_path, *without_eval, f"eval.zero_shot={{two: {other}}}")
     assert "give eval.zero_shot.two.classes" in line
+    line = refused(tmp_path, *without_eval, f"eval.zero_shot={{two: {{shards: {other}, classnames: two}}}}")
+    assert "eval.zero_shot.two.classnames=two: clip-benchmark has those of" in line
     assert "give init_from=WEIGHTS" in refused(tmp_path, *probe, "init_from=null")
     assert "micro_batch_size=auto does not try" in refused(tmp_path, *probe, "micro_batch_size=auto")
     best = "checkpoint.best_metric=val/colours/loss"

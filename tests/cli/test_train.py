@@ -1,4 +1,5 @@
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -6,9 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from clip_train.checkpoints.folder import read_weights, verify
+from clip_train.commands.program import config_dir
+from clip_train.commands.train import main
 from clip_train.training.csv_logger import read_metrics
+from tests.cli.embeddings import call
 from tests.cli.runs import TINY, clip_train, start_clip_train, train_tiny
 
 NO_VAL = "data.val.shards=null"
@@ -39,6 +44,14 @@ def test_ranks_without_a_run_name_share_a_folder_and_each_has_its_log(tmp_path):
     assert "[rank 1] INFO process " in second.read_text()
 
 
+def documented_metrics() -> list[str]:
+    """Patterns of the names in the table of docs/logging.md."""
+    page = (Path(__file__).parents[2] / "docs" / "logging.md").read_text()
+    cells = re.findall(r"^\| (`[a-z_]+/.*?) \|", page, re.MULTILINE)
+    names = [name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    return [re.sub(r"<\w+>", r"\\w+", name).replace("@K", r"@\d+") for name in names]
+
+
 def test_a_run_leaves_its_folder(tmp_path):
     rows = train_tiny(tmp_path, "run", "max_steps=3", "eval.every=2 steps", "eval.report=true")
     folder = tmp_path / "run"
@@ -53,6 +66,8 @@ def test_a_run_leaves_its_folder(tmp_path):
     evaluated = [row["step"] for row in all_rows if row["val/unseen_style/loss"]]
     assert evaluated == ["2", "3"]
     assert "val/unseen_concepts/text_to_image_recall@10" in columns
+    known = documented_metrics()
+    assert [name for name in columns if not any(re.fullmatch(one, name) for one in known)] == ["step", "samples_seen"]
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["complete"], summary["samples_seen"], summary["steps"]) == (True, 96, 3)
     assert summary["metrics"]["train/loss"] == float(rows[-1]["train/loss"])
@@ -127,6 +142,15 @@ def test_help_has_ten_examples_and_answers_without_torch():
     )
     imported = "import sys, clip_train.commands.train as t; assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", imported], check=False).returncode == 0
+
+
+def test_the_config_that_is_shown_without_data_has_the_defaults_not_the_demo():
+    code, out, error = call(main, "--cfg", "job", "batch_size=8")
+    assert code == 0, error
+    shown, defaults = OmegaConf.create(out), OmegaConf.load(Path(config_dir()) / "train.yaml")
+    assert (shown.batch_size, shown.max_epochs) == (8, defaults.max_epochs)
+    assert shown.model.vision.name == "vit_base_patch32_clip_224"
+    assert OmegaConf.missing_keys(shown) == {"data.train.shards"}
 
 
 def test_a_run_that_diverges_ends_with_a_report_and_saves_nothing_broken(tmp_path):

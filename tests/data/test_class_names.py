@@ -91,7 +91,7 @@ def test_a_yaml_has_prompts_of_each_class_or_names_and_templates(tmp_path):
     assert [found.captions(label) for label in (0, 1)] == [["an apple", "a red apple"], ["a pear {}"]]
     path.write_text("classnames: [apple, 'pear {}']\ntemplates: ['a photo of a {}.', '{}']\n")
     assert read_class_names(str(path), "x") == FRUIT
-    example = read_class_names(str(Path(__file__).parents[2] / "docs" / "prompts.yaml"), "x")
+    example = read_class_names(str(Path(__file__).parents[2] / "docs" / "examples" / "prompts.yaml"), "x")
     assert len(example.one_caption_each()) == 3
 
 

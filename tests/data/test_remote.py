@@ -38,7 +38,7 @@ def test_schemes(url, scheme):
 def test_a_missing_package_names_the_extra(monkeypatch):
     monkeypatch.delitem(_registry, "gs", raising=False)  # it knows what was imported before
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(DataError, match=r"gs://b/0.tar: gs:// needs gcsfs: pip install 'clip_train\[remote\]'"):
+    with pytest.raises(DataError, match=r"gs://b/0.tar: gs:// needs gcsfs: pip install '\.\[remote\]' in the checkout"):
         check_scheme("gs://b/0.tar")
 
 

@@ -3,8 +3,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from clip_train.data.class_names import ClassNames
-from clip_train.data.known_classes import find_templates, known_names, known_templates
+from clip_train.data.known_classes import known_classes, known_templates
 from clip_train.errors import ConfigError
 from clip_train.evaluation.calibration import calibrate
 from clip_train.evaluation.classification import Predictions, class_counts, classification_metrics, confusion_matrix
@@ -63,17 +62,17 @@ def test_probabilities_are_the_mean_over_the_templates(tmp_path):
 
 
 def test_known_names_and_templates():
-    assert len(known_names("imagenet")) == len(known_names("imagenet1k")) == 1000
-    assert (len(known_templates("imagenet1k")), len(known_templates("cifar10"))) == (80, 18)
-    imagenet = ClassNames(known_names("imagenet"), known_templates("imagenet"))
+    imagenet = known_classes("imagenet")
+    assert imagenet == known_classes("imagenet1k")
+    assert (len(imagenet), imagenet.captions_per_class, len(known_templates("cifar10"))) == (1000, 80, 18)
     assert imagenet.captions(0)[0] == "a bad photo of a tench."
-    assert find_templates("nothing") is None
+    assert known_classes("caltech101_vtab").templates == ("a photo of a {}.",)  # it has none of its own
     with pytest.raises(ConfigError, match=r"task\.classnames=cifar10: clip-benchmark has those of .*imagenet1k"):
-        known_names("cifar10")
+        known_classes("cifar10")
     with pytest.raises(ConfigError, match=r"task\.templates=nothing: clip-benchmark has those of .*cifar10"):
         known_templates("nothing")
     with pytest.raises(ConfigError, match=r"task\.language=xx"):
-        known_names("imagenet", "xx")
+        known_classes("imagenet", "xx")
 
 
 @pytest.mark.parametrize(("change", "mild", "strong"), [(resize, 0.5, 0.1), (compress, 80, 5), (blur, 2.0, 8.0)])

@@ -191,7 +191,7 @@ def test_settings_that_cannot_be_used(settings, message):
 
 def test_without_peft(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"finetune=lora needs peft: pip install 'clip_train\[finetune\]'"):
+    with pytest.raises(ConfigError, match=r"finetune=lora needs peft: pip install '\.\[finetune\]' in the checkout"):
         adapt(build("clip"), LORA)
 
 

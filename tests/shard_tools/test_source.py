@@ -124,7 +124,7 @@ def test_a_source_that_does_not_exist(tmp_path):
 def test_parquet_without_pyarrow_names_the_extra(table, monkeypatch):
     path = table(".parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"pip install 'clip_train\[parquet\]'"):
+    with pytest.raises(ConfigError, match=r"pip install '\.\[parquet\]' in the checkout"):
         read_source(path, columns())
 
 

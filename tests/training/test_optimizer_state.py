@@ -177,5 +177,5 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
 def test_without_torchao(monkeypatch):
     monkeypatch.delitem(sys.modules, "clip_train.training.adamw_8bit", raising=False)
     monkeypatch.setitem(sys.modules, "torchao", None)
-    with pytest.raises(ConfigError, match=r"needs torchao: pip install 'clip_train\[torchao\]'"):
+    with pytest.raises(ConfigError, match=r"needs torchao: pip install '\.\[torchao\]' in the checkout"):
         build_optimizer(make_model(), settings("adamw", state="8bit"), fused=False)
