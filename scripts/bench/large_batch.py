@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from captions import find_captions
-from measure import describe_machine, markdown_table, run_ranks
+from measure import describe_machine, run_ranks
+from record import markdown_table
 from step_contenders import CONTENDERS, OPEN_CLIP_NAMES, Sample, StepJob, measure_step
 
 from clip_train.data.files import write_atomic

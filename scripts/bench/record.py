@@ -4,11 +4,9 @@ What is measured again replaces what it was; everything else in the file stays, 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
-
-from measure import markdown_table
 
 from clip_train.data.files import write_atomic
 
@@ -48,6 +46,12 @@ def add_rows(path: Path, head: str, title: str, about: str, rows: Sequence[Row],
     header = [*(column for column in columns if column != _MEASURED), *([_MEASURED] if _MEASURED in columns else [])]
     table = markdown_table(header, [[row.get(column, "") for column in header] for row in joined])
     write_section(path, head, title, f"{about.strip()}\n\n{table}\n{below.strip()}")
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first column is text, the others are figures."""
+    ruler = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows)) + "\n"
 
 
 def section_title(machine: Mapping[str, str], device: str, precision: str) -> str:

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from captions import find_captions
-from measure import describe_machine, markdown_table, multiplies_bf16, run_ranks
-from record import about, add_rows, measured, section_title
+from measure import describe_machine, multiplies_bf16, run_ranks
+from record import about, add_rows, markdown_table, measured, section_title
 from step_contenders import OPEN_CLIP_NAMES, Sample, StepJob, measure_step
 
 _OURS, _CACHED, _THEIRS = "ours, whole batch", "ours, cached", "open_clip, whole batch"
