@@ -66,9 +66,14 @@ def _inputs(args: argparse.Namespace, tokens: int, heads: int) -> list[torch.Ten
 
 
 def _step(args: argparse.Namespace, causal: bool, tokens: int, heads: int) -> Callable[[], object]:
-    inputs = _inputs(args, tokens, heads)
-    grad = torch.randn_like(inputs[0])
-    return lambda: torch.autograd.grad(F.scaled_dot_product_attention(*inputs, is_causal=causal), inputs, grad)
+    query, key, value = _inputs(args, tokens, heads)
+    grad = torch.randn_like(query)
+
+    def step() -> object:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
+        return torch.autograd.grad(out, (query, key, value), grad)
+
+    return step
 
 
 def _milliseconds(way: Callable[[], AbstractContextManager], step: Callable[[], object], seconds: float) -> str:
@@ -84,7 +89,8 @@ def _milliseconds(way: Callable[[], AbstractContextManager], step: Callable[[], 
 
 
 def _chosen(args: argparse.Namespace, causal: bool, tokens: int, heads: int) -> str:
-    number = torch._fused_sdp_choice(*_inputs(args, tokens, heads), is_causal=causal)
+    query, key, value = _inputs(args, tokens, heads)
+    number = torch._fused_sdp_choice(query, key, value, is_causal=causal)
     return {backend.value: name for name, backend in _BACKENDS.items()}.get(number, str(number))
 
 

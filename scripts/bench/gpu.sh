@@ -8,8 +8,10 @@
 # Writes FOLDER/<name of the GPU>.md (docs/benchmarks by default), a section for each part and model, as it goes: it may be
 # killed, and other commands with other PARTS or MODELS complete the same file. A part that fails says so there.
 #
-# PYTHON names the Python to use; SHARDS (an absolute pattern, of jpg and txt files) the data of all parts but the loss;
-# MODELS, BATCHES, SETTINGS and PARTS leave something out. Nothing has to be installed but what clip_train needs to run.
+# PYTHON names the Python to use, which needs what clip_train needs to run (and pytest for the tests); clip_train itself
+# need not be installed. SHARDS is an absolute pattern of shards with jpg and txt files: without it captions are made up,
+# training is from the built-in pictures, and the loader is not measured. MODELS, BATCHES, SETTINGS (of step_sweep.py, by
+# semicolons) and PARTS leave something out.
 set -uo pipefail
 folder=$(realpath -m "${1:-$(dirname "$0")/../../docs/benchmarks}")
 cd "$(dirname "$0")/../.."
@@ -18,8 +20,8 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 PYTHON=${PYTHON:-$(command -v uv >/dev/null && echo uv run python || echo python3)}
 MODELS=${MODELS:-vit_b_32,vit_b_16,vit_l_14}
 BATCHES=${BATCHES:-256,1024}
-SETTINGS=${SETTINGS:-open_clip;plain;compile;cuda graphs;selective;blocks;selective, compile;float8, compile;4 micro-batches}
 PARTS=${PARTS:-tests step attention loss first_step end_to_end loader}
+settings=(${SETTINGS:+--settings "$SETTINGS"})
 shards=(${SHARDS:+--shards "$SHARDS"})
 
 for one in $PARTS; do
@@ -52,11 +54,11 @@ part() { # TITLE SCRIPT...: what it prints, under the title
 
 for one in $PARTS; do
     case $one in
-        tests) part "Tests that need a GPU" -m pytest -o addopts= -q --tb short -m gpu --continue-on-collection-errors \
+        tests) part "Tests that need a GPU" -m pytest -o addopts= -v --tb short -m gpu --continue-on-collection-errors \
             --no-header -p no:warnings tests ;;
         step) for model in ${MODELS//,/ }; do
             part "Step of $model" scripts/bench/step_sweep.py --models "$model" --batch "$BATCHES" \
-                --settings "$SETTINGS" "${shards[@]}"
+                "${settings[@]}" "${shards[@]}"
         done ;;
         attention) part "Attention" scripts/bench/attention.py ;;
         loss) part "Loss" scripts/bench/loss_gpu.py ;;

@@ -15,6 +15,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from measure import describe_machine
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,7 +36,9 @@ def main() -> None:
         print("error: this benchmark needs a CUDA GPU", file=sys.stderr)
         sys.exit(2)
     rate = matmul_rate()
-    lines = [f"{machine()}. Product of square bf16 matrices: {rate / 1e12:.0f} TFLOP/s.", "", HEADER]
+    machine = describe_machine(("torch", "triton", "open-clip-torch"))
+    lines = [f"- {key}: {value}" for key, value in machine.items()]
+    lines += [f"- product of square bf16 matrices: {rate / 1e12:.0f} TFLOP/s", "", HEADER]
     print("\n".join(lines), flush=True)
     for dim in args.dims:
         for batch_size in args.batch_sizes:
@@ -44,13 +47,6 @@ def main() -> None:
                 lines.append(line)
     if args.out:
         args.out.write_text("\n".join(lines) + "\n")
-
-
-def machine() -> str:
-    gpu = torch.cuda.get_device_properties(0)
-    version = triton_tiles.triton.__version__ if triton_tiles.triton else "missing"
-    memory = f"{gpu.total_memory / 2**30:.0f} GiB"
-    return f"{gpu.name}, {memory}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, Triton {version}"
 
 
 def matmul_rate(size: int = 8192) -> float:

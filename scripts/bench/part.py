@@ -24,9 +24,8 @@ def main() -> None:
         write_section(Path(path), f"# {head}\n", title, f"{_shown(said)}\n\n{end}")
 
     begun = time.monotonic()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
-    with subprocess.Popen(command, env=environment, **pipes) as program:
+    environment, pipe = {**os.environ, "PYTHONUNBUFFERED": "1"}, subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, errors="replace") as program:
 
         def pass_on() -> None:
             for line in program.stderr or ():

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,7 @@ SCRIPTS = Path(__file__).parents[2] / "scripts" / "bench"
 @pytest.fixture
 def record(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    import record
-
-    return record
+    return import_module("record")
 
 
 def table(text: str) -> list[list[str]]:
@@ -68,9 +67,9 @@ def started(folder: Path, **settings: str) -> subprocess.Popen[str]:
     python.write_text(PYTHON)
     python.chmod(0o755)
     environment = os.environ | {"PYTHON": str(python), "LOSS": "1", "SLEEP": "0"} | settings
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     command = [str(SCRIPTS / "gpu.sh"), str(folder / "out")]
-    return subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, text=True, start_new_session=True, stdout=pipe, stderr=pipe)
 
 
 def gpu(folder: Path, **settings: str) -> tuple[int, str]:
