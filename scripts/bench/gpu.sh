@@ -9,9 +9,9 @@
 # killed, and other commands with other PARTS or MODELS complete the same file. A part that fails says so there.
 #
 # PYTHON names the Python to use, which needs what clip_train needs to run (and pytest for the tests); clip_train itself
-# need not be installed. SHARDS is an absolute pattern of shards with jpg and txt files: without it captions are made up,
-# training is from the built-in pictures, and the loader is not measured. MODELS, BATCHES, SETTINGS (of step_sweep.py, by
-# semicolons) and PARTS leave something out.
+# need not be installed. SHARDS is an absolute pattern of shards with jpg and txt files, instead of the photos in ../shared:
+# without either, captions are made up, training is from the built-in pictures, and the loader is not measured. MODELS,
+# BATCHES (of one model in one command), SETTINGS (of step_sweep.py, by semicolons) and PARTS leave something out.
 set -uo pipefail
 folder=$(realpath -m "${1:-$(dirname "$0")/../../docs/benchmarks}")
 cd "$(dirname "$0")/../.."
