@@ -5,25 +5,32 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
 from PIL import Image
 from webdataset.writer import TarWriter
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # sums of several threads differ in the last bit from those of one
 torch.set_num_threads(1)  # a plugin of pytest has imported it before
-settings.register_profile("no_deadline", deadline=None)  # tests assert behaviour, never time
-settings.load_profile("no_deadline")
+with suppress(ImportError):  # a machine that is lent for its GPU may be without
+    from hypothesis import settings
+
+    settings.register_profile("no_deadline", deadline=None)  # tests assert behaviour, never time
+    settings.load_profile("no_deadline")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Those on the test cluster first: they are in one file, and wait more than they compute."""
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 COLORS = ["red", "green", "blue", "yellow", "pink", "white", "black", "orange"]

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
-from measure import describe_machine, markdown_table
+from measure import describe_machine
+from record import markdown_table
 
 from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.snapshot import SnapshotTaker

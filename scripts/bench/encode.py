@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from encode_contenders import FOLDERS, IMAGE, OPEN_CLIP, OURS, TEXT, Job, Sample, measure_encoding
 from loader_shards import built_sets
-from measure import describe_machine, markdown_table, run_ranks
+from measure import describe_machine, run_ranks
+from record import markdown_table
 from safetensors.torch import save_file
 from step_contenders import model_config
 

@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from clip_benchmark import cli
 from clip_benchmark.metrics import zeroshot_classification
-from measure import describe_machine, markdown_table
+from measure import describe_machine
 from photo_sets import first_of_each, samples, write_benchmark_set, write_classes, write_shard
+from record import markdown_table
 
 from clip_train.data.files import write_atomic
 from clip_train.data.long_captions import split_sentences

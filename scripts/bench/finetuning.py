@@ -18,8 +18,9 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from measure import describe_machine, markdown_table
+from measure import describe_machine
 from photo_sets import first_of_each, samples, write_shard
+from record import markdown_table
 
 from clip_train.data.files import write_atomic
 from clip_train.training.csv_logger import read_metrics

@@ -13,46 +13,63 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from measure import describe_machine, markdown_table, multiplies_bf16
+from measure import describe_machine, multiplies_bf16
 from open_clip_program import open_clip_command
+from record import about, add_rows, markdown_table, measured, section_title
 from step_contenders import OPEN_CLIP_NAMES
 
-from clip_train.data.files import write_atomic
-
 _FIRST_STEP = {"ours": re.compile(r"\bstep 1\b"), "open_clip": re.compile(r"Train Epoch: 0 \[")}
-_HEADER = ("model", "batch", "ours s", "open_clip s", "ours / open_clip")
+HEAD = """
+# From the command line to the end of the first step
+
+By `scripts/bench/first_step.py`. Medians over rounds. Ours reads the built-in shards, open_clip pictures that it makes
+up.
+"""
 
 
 def main() -> None:
     args = _arguments()
-    machine = "".join(f"- {key}: {value}\n" for key, value in describe_machine().items())
-    machine += f"- device: {args.device}, precision: {args.precision}, rounds: {args.rounds}\n"
-    print(machine, flush=True)
-    rounds = []
+    machine = describe_machine()
+    print(about(machine), flush=True)
+    found: dict[str, list[float]] = {name: [] for name in _FIRST_STEP}
     for number in range(args.rounds + 1):
-        rounds.append({name: _seconds(name, args) for name in _FIRST_STEP})
-        print(number, rounds[-1], file=sys.stderr, flush=True)
-    ours, theirs = ([one[name] for one in rounds[1:]] for name in _FIRST_STEP)
-    ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-    figures = [f"{statistics.median(ours):.1f}", f"{statistics.median(theirs):.1f}", f"{ratio:.2f}"]
-    report = f"{machine}\n{markdown_table(_HEADER, [[args.model, str(args.batch), *figures]])}"
-    print(report)
+        for name in list(found):
+            try:
+                found[name].append(_seconds(name, args))
+                print(f"round {number}: {name} {found[name][-1]:.1f} s", file=sys.stderr, flush=True)
+            except RuntimeError as error:
+                if name == "ours":
+                    raise
+                print(f"{name} was not measured: {error}\n", flush=True)
+                del found[name]
+    row = {"model": args.model, "batch": str(args.batch), **_figures(found), **measured(machine, args.rounds)}
+    print(markdown_table(list(row), [list(row.values())]))
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(args.out / "first_step.md", report.encode())
+        title = section_title(machine, args.device, args.precision)
+        add_rows(args.out / "first_step.md", HEAD, title, about(machine), [row], ("model", "batch"))
+
+
+def _figures(found: dict[str, list[float]]) -> dict[str, str]:
+    """Of all rounds but the first."""
+    row = {f"{name} s": f"{statistics.median(seconds[1:]):.1f}" for name, seconds in found.items()}
+    if "open_clip" in found:
+        ratio = statistics.median(a / b for a, b in zip(found["ours"][1:], found["open_clip"][1:]))
+        row["ours / open_clip"] = f"{ratio:.2f}"
+    return row
 
 
 def _seconds(name: str, args: argparse.Namespace) -> float:
-    """Until the program says that a step is done."""
+    """Until the program says that a step is done. Raises RuntimeError, with its last words, if it does not."""
     with TemporaryDirectory() as folder:
         command = (_ours if name == "ours" else _open_clip)(args, folder)
         begun = time.perf_counter()
         program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        said = []
+        said = deque(maxlen=1 if name == "open_clip" else 30)
         try:
             for line in program.stdout or ():
                 said.append(line)
@@ -61,7 +78,7 @@ def _seconds(name: str, args: argparse.Namespace) -> float:
         finally:
             program.kill()
             program.wait()
-    raise SystemExit(f"{name} ended without a step:\n{''.join(said[-30:])}")
+    raise RuntimeError("".join(said).strip() or f"{name} ended without a word")
 
 
 def _ours(args: argparse.Namespace, folder: str) -> Sequence[str]:
@@ -82,10 +99,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="vit_b_32", choices=OPEN_CLIP_NAMES)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--precision", default="bf16" if multiplies_bf16() else "32", choices=("32", "bf16"))
+    parser.add_argument("--precision", choices=["32", "bf16"], help="bf16 where the device multiplies in it, else 32")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    return parser.parse_args()
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where first_step.md is, or will be")
+    args = parser.parse_args()
+    args.precision = args.precision or ("bf16" if args.device != "cpu" or multiplies_bf16() else "32")
+    return args
 
 
 if __name__ == "__main__":

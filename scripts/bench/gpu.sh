@@ -1,56 +1,76 @@
 #!/usr/bin/env bash
 # All that can be measured on one GPU, in one command: the tests that need it, the step (batch, compile, checkpointing,
-# float8), the loss, the loader, the first step and training from shards; against open_clip, where it is installed.
+# float8), attention, the loss, the loader, the first step and training from shards; against open_clip, where it is
+# installed.
 #
 #     scripts/bench/gpu.sh [FOLDER]
 #
-# Writes FOLDER/<name of the GPU>.md (docs/benchmarks by default). A part that fails says so there, and the next one runs.
-# PYTHON names the Python to use; MODELS, BATCHES, SETTINGS and PARTS leave something out.
+# Writes FOLDER/<name of the GPU>.md (docs/benchmarks by default), a section for each part and model, as it goes: it may be
+# killed, and other commands with other PARTS or MODELS complete the same file. A part that fails says so there.
+#
+# PYTHON names the Python to use, which needs what clip_train needs to run (and pytest for the tests); clip_train itself
+# need not be installed. SHARDS is an absolute pattern of shards with jpg and txt files, instead of the photos in ../shared:
+# without either, captions are made up, training is from the built-in pictures, and the loader is not measured. MODELS,
+# BATCHES (of one model in one command), SETTINGS (of step_sweep.py, by semicolons) and PARTS leave something out.
 set -uo pipefail
+folder=$(realpath -m "${1:-$(dirname "$0")/../../docs/benchmarks}")
 cd "$(dirname "$0")/../.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-PYTHON=${PYTHON:-uv run python}
+PYTHON=${PYTHON:-$(command -v uv >/dev/null && echo uv run python || echo python3)}
 MODELS=${MODELS:-vit_b_32,vit_b_16,vit_l_14}
 BATCHES=${BATCHES:-256,1024}
-SETTINGS=${SETTINGS:-plain;compile;selective;blocks;selective, compile;float8, compile;4 micro-batches;open_clip}
-PARTS=${PARTS:-tests step loss loader first_step end_to_end}
-folder=${1:-docs/benchmarks}
+PARTS=${PARTS:-tests step attention loss first_step end_to_end loader}
+settings=(${SETTINGS:+--settings "$SETTINGS"})
+shards=(${SHARDS:+--shards "$SHARDS"})
 
-name=$($PYTHON -c 'import torch; print(torch.cuda.get_device_name())' 2>/dev/null) || {
-    echo "error: torch sees no CUDA GPU here" >&2
-    exit 2
-}
+for one in $PARTS; do
+    [[ " tests step attention loss first_step end_to_end loader " == *" $one "* ]] || {
+        echo "error: PARTS has no $one" >&2
+        exit 2
+    }
+done
+name=$($PYTHON - <<'END'
+import sys
+
+try:
+    import torch
+
+    import clip_train.data.files
+except ImportError as error:
+    sys.exit(f"error: {sys.executable}: {error}")
+if not torch.cuda.is_available():
+    sys.exit(f"error: torch {torch.__version__} sees no CUDA GPU here")
+print(torch.cuda.get_device_name())
+END
+) || exit 2
 record="$folder/$(tr '[:upper:] ' '[:lower:]_' <<<"$name").md"
-mkdir -p "$folder"
-unfinished=$(mktemp -d "$folder/.gpu.XXXXXX")
-trap 'rm -rf "$unfinished"' EXIT
 
-part() { # TITLE COMMAND...: what the command prints, under the title
+failed=0
+part() { # TITLE SCRIPT...: what it prints, under the title
     echo "== $1" >&2
-    printf '\n## %s\n\n' "$1" >>"$unfinished/record"
-    if "${@:2}" >"$unfinished/out" 2>"$unfinished/err"; then
-        cat "$unfinished/out" >>"$unfinished/record"
-    else
-        printf 'Failed: `%s`\n' "$(tail -n 1 "$unfinished/err")" >>"$unfinished/record"
-        tail -n 20 "$unfinished/err" >&2
-    fi
+    $PYTHON scripts/bench/part.py "$record" "$name" "$1" $PYTHON "${@:2}" || failed=1
 }
 
-printf '# %s\n\nMeasured by `scripts/bench/gpu.sh`; every table names its own versions.\n' "$name" >"$unfinished/record"
 for one in $PARTS; do
     case $one in
-        tests) part "Tests that need a GPU" $PYTHON -m pytest -q -n 0 -k "gpu or triton" --no-header -p no:warnings \
-            tests/losses/test_triton_tiles.py tests/training/test_step_times.py tests/training/test_host_sync.py ;;
-        step) part "Step" $PYTHON scripts/bench/step_sweep.py \
-            --models "$MODELS" --batch "$BATCHES" --settings "$SETTINGS" ;;
-        loss) part "Loss" $PYTHON scripts/bench/loss_gpu.py ;;
-        loader) part "Loader" $PYTHON scripts/bench/loader.py --rounds 1 ;;
-        first_step) part "From the command to the first step" $PYTHON scripts/bench/first_step.py \
+        tests) part "Tests that need a GPU" -m pytest -o addopts= -v --tb short -m gpu --continue-on-collection-errors \
+            --no-header -p no:warnings tests ;;
+        step) for model in ${MODELS//,/ }; do
+            part "Step of $model" scripts/bench/step_sweep.py --models "$model" --batch "$BATCHES" \
+                "${settings[@]}" "${shards[@]}"
+        done ;;
+        attention) part "Attention" scripts/bench/attention.py ;;
+        loss) part "Loss" scripts/bench/loss_gpu.py ;;
+        first_step) part "From the command to the first step" scripts/bench/first_step.py \
             --device cuda --batch 256 --rounds 1 ;;
-        end_to_end) part "From shards, loader included" $PYTHON scripts/bench/end_to_end.py \
-            --device cuda --batch 256 --steps 40 --workers "$(nproc)" --rounds 1 ;;
-        *) echo "error: PARTS has no $one" >&2; exit 2 ;;
+        end_to_end) for model in ${MODELS//,/ }; do
+            [[ $model == vit_l_14 ]] && continue # 1024 pairs of it are too many for most
+            part "From shards, loader included: $model" scripts/bench/end_to_end.py --device cuda --model "$model" \
+                --batch 1024 --steps 80 --workers "$(nproc)" --rounds 1 "${shards[@]}"
+        done ;;
+        loader) part "Loader" scripts/bench/loader.py --rounds 1 "${shards[@]}" ;;
     esac
 done
-mv "$unfinished/record" "$record"
 echo "wrote $record"
+exit $failed

@@ -12,8 +12,10 @@ import statistics
 import sys
 from pathlib import Path
 
-from measure import describe_machine, markdown_table, run_ranks
-from step_contenders import CONTENDERS, OPEN_CLIP_NAMES, Sample, StepJob, measure_step, real_captions
+from captions import find_captions
+from measure import describe_machine, run_ranks
+from record import markdown_table
+from step_contenders import CONTENDERS, OPEN_CLIP_NAMES, Sample, StepJob, measure_step
 
 from clip_train.data.files import write_atomic
 
@@ -39,7 +41,7 @@ def main() -> None:
 
 def _measured(name: str, args: argparse.Namespace, batch: int, number: int) -> Sample:
     print(f"batch {batch}, round {number} of {args.rounds}: {name}", file=sys.stderr, flush=True)
-    job = StepJob(name, args.model, batch, args.micro_batch, real_captions(batch), steps=args.steps)
+    job = StepJob(name, args.model, batch, args.micro_batch, find_captions(batch).texts, steps=args.steps)
     return run_ranks(measure_step, 1, job)[0]
 
 

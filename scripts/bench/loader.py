@@ -14,7 +14,7 @@ import json
 import os
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import loader_contenders
@@ -69,7 +69,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _measured(pictures: PictureSet, args: argparse.Namespace) -> dict[str, Result]:
-    """All contenders on one set, round by round. One with packages of its own that fails is not run again."""
+    """All contenders on one set, round by round. One that fails is not run again; ours may not."""
     results = {name: Result() for name in args.only}
     for turn in range(args.rounds):
         for name, result in results.items():
@@ -80,20 +80,26 @@ def _measured(pictures: PictureSet, args: argparse.Namespace) -> dict[str, Resul
                 python = _environment(name, CONTENDERS[name], args.work)
                 result.rounds.append(_sample(python, name, pictures.folder, args))
             except RuntimeError as error:
-                if not CONTENDERS[name].packages:
+                if name.startswith("our"):
                     raise
                 result.rounds, result.not_run = [], str(error)
     return results
 
 
 def _environment(name: str, contender: Contender, work: Path) -> str:
-    """The Python that has the contender's packages; the rest of its environment is as in the project's."""
+    """The Python that has the contender's packages; the rest of its environment is as in the project's.
+
+    Raises RuntimeError if they cannot be had.
+    """
     if not contender.packages:
         return sys.executable
     folder = work / f"env-{name}"
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
-        same = [f"{package}=={version(package)}" for package in _SAME_EVERYWHERE]
+        try:
+            same = [f"{package}=={version(package)}" for package in _SAME_EVERYWHERE]
+        except PackageNotFoundError as error:
+            raise RuntimeError(f"there is no {error.name} here") from error
         _output(["uv", "venv", "--quiet", "--clear", "--python", sys.executable, str(folder)], work)
         install = ["uv", "pip", "install", "--quiet", "--compile-bytecode", "--python", str(python)]
         _output([*install, *same, *contender.packages], work)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from loader_contenders import LOADERS, TOKENIZERS
 from loader_shards import PictureSet
-from measure import markdown_table
+from record import markdown_table
 
 from clip_train.data.stages import STAGES
 

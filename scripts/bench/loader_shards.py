@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
+from captions import SMALL_PHOTOS
 from loader_contenders import BATCH
 from PIL import Image
 from webdataset.writer import ShardWriter
@@ -21,7 +22,6 @@ from clip_train.data.pairs import Pair, PairReader
 from clip_train.data.shards import expand_shards
 from clip_train.errors import DataError
 
-SMALL_PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "flickr8k_train" / "*.tar"
 NUM_PICTURES = 10 * BATCH  # whole batches, so that no loader reads samples that it does not deliver
 _SAMPLES_PER_SHARD = 2 * BATCH
 _QUALITIES = range(30, 100)

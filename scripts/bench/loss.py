@@ -16,7 +16,8 @@ from pathlib import Path
 
 from loss_contenders import BLOCK, CONTENDERS, Contender, measure_loss, measure_slice
 from loss_report import HEADER, NOTES, SLICE_HEADER, SLICE_NOTES, Result, disagreements, plot, rows, slice_rows
-from measure import available_bytes, describe_machine, markdown_table, multiplies_bf16, run_ranks
+from measure import available_bytes, describe_machine, multiplies_bf16, run_ranks
+from record import markdown_table
 
 from clip_train.data.files import write_atomic
 

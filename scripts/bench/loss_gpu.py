@@ -10,11 +10,12 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
 import torch
-from open_clip.loss import ClipLoss
+from measure import describe_machine
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,7 +36,9 @@ def main() -> None:
         print("error: this benchmark needs a CUDA GPU", file=sys.stderr)
         sys.exit(2)
     rate = matmul_rate()
-    lines = [f"{machine()}. Product of square bf16 matrices: {rate / 1e12:.0f} TFLOP/s.", "", HEADER]
+    machine = describe_machine(("torch", "triton", "open-clip-torch"))
+    lines = [f"- {key}: {value}" for key, value in machine.items()]
+    lines += [f"- product of square bf16 matrices: {rate / 1e12:.0f} TFLOP/s", "", HEADER]
     print("\n".join(lines), flush=True)
     for dim in args.dims:
         for batch_size in args.batch_sizes:
@@ -44,13 +47,6 @@ def main() -> None:
                 lines.append(line)
     if args.out:
         args.out.write_text("\n".join(lines) + "\n")
-
-
-def machine() -> str:
-    gpu = torch.cuda.get_device_properties(0)
-    version = triton_tiles.triton.__version__ if triton_tiles.triton else "missing"
-    memory = f"{gpu.total_memory / 2**30:.0f} GiB"
-    return f"{gpu.name}, {memory}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, Triton {version}"
 
 
 def matmul_rate(size: int = 8192) -> float:
@@ -67,7 +63,7 @@ def compare(batch_size: int, dim: int, floor: float) -> list[str]:
     results = {"Triton": measured(tiled, inputs, floor) if has_kernels else "the kernels do not work here | | "}
     with mock.patch.object(triton_tiles, "usable", return_value=False):
         results["plain PyTorch"] = measured(tiled, inputs, floor)
-    results["open_clip"] = measured(open_clip, inputs, floor)
+    results["open_clip"] = measured(open_clip, inputs, floor) if find_spec("open_clip") else "not installed | | "
     return [f"| {batch_size} | {dim} | {name} | {result} |" for name, result in results.items()]
 
 
@@ -76,6 +72,8 @@ def tiled(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 
 def open_clip(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    from open_clip.loss import ClipLoss
+
     with torch.autocast("cuda", torch.bfloat16):
         return ClipLoss()(image, text, scale)
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -160,7 +161,7 @@ def multiplies_bf16() -> bool:
 
 
 def describe_machine(packages: Sequence[str] = ("torch", "open-clip-torch")) -> dict[str, str]:
-    """What a reader has to know of where figures come from."""
+    """What a reader has to know of where figures come from; `gpu` and `commit` only where there are such."""
     cpu = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
     cpu = {key.strip(): value.strip() for key, value in cpu.items()}
     flags = cpu.get("flags", "").split()
@@ -170,9 +171,36 @@ def describe_machine(packages: Sequence[str] = ("torch", "open-clip-torch")) -> 
         "processor": f"{cpu.get('model name', platform.machine())}, {os.cpu_count()} cores seen by the system",
         "instructions": ", ".join(f"{name} {'yes' if name in flags else 'no'}" for name in _INSTRUCTIONS),
         "memory": f"{memory / 2**20:.1f} GiB, {available_bytes() / 2**30:.1f} GiB available",
+        **_gpu(),
         "python": platform.python_version(),
         **{package: _version(package) for package in packages},
+        **_commit(),
     }
+
+
+def _gpu() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        return {}
+    driver = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    name = f"{torch.cuda.get_device_name()}, {memory:.0f} GiB"
+    return {"gpu": name, "driver": driver or "unknown", "cuda": str(torch.version.cuda)}
+
+
+def _commit() -> dict[str, str]:
+    """Of the checkout that this file is in."""
+    git = ("git", "-C", str(Path(__file__).parents[2]))
+    commit = _said(*git, "rev-parse", "--short", "HEAD")
+    changed = _said(*git, "status", "--porcelain", "--untracked-files=no", "--", "clip_train", "configs", "scripts")
+    return {"commit": commit + (" with changes" if changed else "")} if commit else {}
+
+
+def _said(*command: str) -> str:
+    """What a program prints; nothing if it is not there or fails."""
+    with suppress(OSError):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        return "" if done.returncode else done.stdout.strip()
+    return ""
 
 
 def _kib(path: Path, key: str) -> int:
@@ -184,9 +212,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first column is text, the others are figures."""
-    ruler = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *rows)) + "\n"

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-from measure import describe_machine, markdown_table
+from measure import describe_machine
+from record import markdown_table
 
 from clip_train.data.files import write_atomic
 from clip_train.data.keyed_random import keyed_bits

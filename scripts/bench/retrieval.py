@@ -11,7 +11,8 @@ import argparse
 import time
 from pathlib import Path
 
-from measure import describe_machine, markdown_table, run_ranks
+from measure import describe_machine, run_ranks
+from record import markdown_table
 from retrieval_measured import Measured, measure_ranks
 
 from clip_train.data.files import write_atomic

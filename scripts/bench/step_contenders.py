@@ -7,21 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
-from loader_shards import SMALL_PHOTOS
 from measure import PeakMemory
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from clip_train.data.demo import unpack_demo
-from clip_train.data.index import load_indexes
-from clip_train.data.pairs import PairReader
-from clip_train.data.shards import expand_shards
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder
@@ -55,7 +49,8 @@ class StepJob:
         threads: of the processor.
         steps: that are timed, after those that allocate the optimizer's state and compile.
         open_clip_main: folder of a checkout of open_clip's main branch, for the contender of that name.
-        compiled, checkpointing, float8: of ours, as `trainer.compile`, `model.grad_checkpointing` and `trainer.float8`.
+        compile, checkpointing, float8: of ours: one of torch.compile's modes or none, and as `model.grad_checkpointing`
+            and `trainer.float8`.
     """
 
     contender: str
@@ -67,7 +62,7 @@ class StepJob:
     precision: str = "32"
     threads: int = 1
     steps: int = 2
-    compiled: bool = False
+    compile: str = ""
     checkpointing: str = NONE
     float8: bool = False
     open_clip_main: str = ""
@@ -86,7 +81,7 @@ def measure_step(job: StepJob) -> Sample:
     torch.set_num_threads(job.threads)
     torch.manual_seed(0)
     step = CONTENDERS[job.contender](job)
-    for _ in range(3 if job.compiled else 1):
+    for _ in range(3 if job.compile else 1):
         step()
     seconds = []
     with PeakMemory(job.device) as peak:
@@ -102,16 +97,6 @@ def measure_step(job: StepJob) -> Sample:
 def _wait(device: str) -> None:
     if device != "cpu":
         torch.cuda.synchronize()
-
-
-def real_captions(count: int) -> list[str]:
-    """Of small photos if they are at hand, else the names of the built-in demo's pictures."""
-    pattern, key = str(SMALL_PHOTOS), "json:captions"
-    if not SMALL_PHOTOS.parent.exists():
-        pattern, key = unpack_demo("demo:emoji/train") + "/*.tar", "txt"
-    with TemporaryDirectory() as folder:
-        reader = PairReader(load_indexes(expand_shards(pattern, "captions"), folder), "jpg;jpeg;png;webp", key)
-        return [reader.read(0, number).first_caption() for number in range(min(count, reader.counts[0]))]
 
 
 def model_config(model: str) -> dict[str, Any]:
@@ -139,8 +124,8 @@ def _ours(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
     encoder = create_dual_encoder(**config).to(job.device)
     if job.float8:
         use_float8(encoder)
-    if job.compiled:
-        compile_blocks(encoder)
+    if job.compile:
+        compile_blocks(encoder, job.compile)
     optimizer = build_optimizer(encoder, _ADAMW, fused=True)
     pixels, ids = _batch(job)
     inputs: Any = (pixels.to(job.device), with_lengths(ids.to(job.device), ids, encoder.text))

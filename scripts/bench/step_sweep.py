@@ -1,101 +1,93 @@
-"""Our step by batch and setting on one device, as a share of what it multiplies, with open_clip's beside it.
+"""Our training step by batch and setting on one device: its rate, its share of what the device multiplies, its memory.
 
-    uv run python scripts/bench/step_sweep.py --out docs/benchmarks
-    uv run python scripts/bench/step_sweep.py --device cpu --models vit_b_32 --batch 8 --settings "plain;open_clip"
+    python scripts/bench/step_sweep.py
+    python scripts/bench/step_sweep.py --device cpu --models vit_b_32 --batch 8 --settings "open_clip;plain"
 
 A step is that of `step.py`, on a batch that is on the device. `% of peak` is model FLOPs utilisation, with the rate of
 products of large square matrices, measured in the same run, as the peak, and of texts only their own tokens counted:
 open_clip computes padding too, which is not counted for it either. Memory is what the step needs above weights,
-optimizer state and the batch. Each measurement is a fresh process.
+optimizer state and the batch. Each measurement is a fresh process; figures are medians over rounds of them.
 """
 
 import argparse
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import describe_machine, markdown_table, multiplies_bf16, run_ranks
-from step_contenders import OPEN_CLIP_NAMES, StepJob, measure_step, model_config, real_captions
+from captions import find_captions
+from measure import describe_machine, multiplies_bf16, run_ranks
+from record import markdown_table
+from step_contenders import OPEN_CLIP_NAMES, Sample, StepJob, measure_step, model_config
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from clip_train.data.files import write_atomic
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.planning.hardware import Hardware, measure_hardware
 from clip_train.training.utilisation import count_pair_flops
 
 _OURS, _CACHED, _THEIRS = "ours, whole batch", "ours, cached", "open_clip, whole batch"
 SETTINGS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "open_clip": (_THEIRS, {}),
     "plain": (_OURS, {}),
-    "compile": (_OURS, {"compiled": True}),
+    "compile": (_OURS, {"compile": "default"}),
+    "cuda graphs": (_OURS, {"compile": "reduce-overhead"}),
     "selective": (_OURS, {"checkpointing": "selective"}),
     "blocks": (_OURS, {"checkpointing": "blocks"}),
-    "selective, compile": (_OURS, {"checkpointing": "selective", "compiled": True}),
-    "float8, compile": (_OURS, {"float8": True, "compiled": True}),
+    "selective, compile": (_OURS, {"checkpointing": "selective", "compile": "default"}),
+    "float8, compile": (_OURS, {"float8": True, "compile": "default"}),
     "4 micro-batches": (_CACHED, {}),
-    "open_clip": (_THEIRS, {}),
 }
 _HEADER = ("model", "batch", "setting", "ms", "pairs/s", "% of peak", "memory, GiB", "time / open_clip's")
+_PACKAGES = ("torch", "timm", "transformers", "torchao", "triton", "open-clip-torch")
 
 
 def main() -> None:
     args = _arguments()
+    captions = find_captions(max(args.batch), args.shards)
     (hardware,) = run_ranks(_rates, 1, args.device)
     rate = hardware.rate("bf16-mixed" if args.precision == "bf16" else "32")
     machine = "".join(f"- {key}: {value}\n" for key, value in describe_machine(_PACKAGES).items())
     machine += f"- device: {hardware.name}, {rate / 1e12:.1f} TFLOP/s in products of square matrices\n"
     machine += f"- precision: {args.precision}, rounds: {args.rounds}, steps: {args.steps}\n"
+    machine += f"- captions: {captions.source}, {captions.words():.1f} words on average\n"
     print(f"{machine}\n{markdown_table(_HEADER, [])}", end="", flush=True)
-    captions = real_captions(max(args.batch))
-    rows = []
     for model in args.models:
         for batch in args.batch:
-            added = _rows(args, model, batch, captions, rate)
-            print("\n".join(f"| {' | '.join(row)} |" for row in added), flush=True)
-            rows += added
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        write_atomic(args.out / "step_sweep.md", f"{machine}\n{markdown_table(_HEADER, rows)}".encode())
-
-
-_PACKAGES = ("torch", "timm", "transformers", "torchao", "triton", "open-clip-torch")
+            flops, theirs = _flops(model, batch, captions.texts), None
+            for name in args.settings:
+                samples = _samples(args, name, model, batch, captions.texts)
+                if isinstance(samples, str):
+                    cells = [f"{name}: {samples}", *[""] * 5]
+                else:
+                    seconds = statistics.median(sample.seconds for sample in samples)
+                    theirs = seconds if name == "open_clip" else theirs
+                    memory = statistics.median(sample.memory for sample in samples) / 2**30
+                    cells = [name, f"{1e3 * seconds:.1f}", f"{batch / seconds:.1f}", f"{flops / seconds / rate:.1%}"]
+                    cells += [f"{memory:.2f}", f"{seconds / theirs:.2f}" if theirs else ""]
+                print(f"| {' | '.join([model, str(batch), *cells])} |", flush=True)
 
 
 def _rates(device: str) -> Hardware:
     return measure_hardware(torch.device(device))
 
 
-def _rows(args: argparse.Namespace, model: str, batch: int, captions: Sequence[str], rate: float) -> list[list[str]]:
-    """One row for each setting; where it fails, with the reason."""
-    needed = _flops(model, batch, captions)
-    found: dict[str, list[Any]] = {name: [] for name in args.settings}
-    reasons: dict[str, str] = {}
+def _samples(
+    args: argparse.Namespace, setting: str, model: str, batch: int, captions: Sequence[str]
+) -> list[Sample] | str:
+    """One for each round; or why there are none."""
+    contender, settings = SETTINGS[setting]
+    how = {"device": args.device, "precision": args.precision, "steps": args.steps, **settings}
+    job = StepJob(contender, model, batch, max(1, batch // 4), captions, **how)
+    samples = []
     for number in range(args.rounds):
-        for name in args.settings:
-            if name in reasons:
-                continue
-            print(f"{model}, batch {batch}, round {number + 1}: {name}", file=sys.stderr, flush=True)
-            contender, settings = SETTINGS[name]
-            how = {"device": args.device, "precision": args.precision, "steps": args.steps, **settings}
-            try:
-                job = StepJob(contender, model, batch, max(1, batch // 4), captions, **how)
-                found[name] += run_ranks(measure_step, 1, job)
-            except (ProcessRaisedException, ProcessExitedException) as error:
-                reasons[name] = "out of memory" if "OutOfMemory" in str(error) else str(error).strip().splitlines()[-1]
-    theirs = [sample.seconds for sample in found.get("open_clip", [])]
-    rows = []
-    for name, samples in found.items():
-        if name in reasons:
-            rows.append([model, str(batch), f"{name}: {reasons[name]}", *[""] * 5])
-            continue
-        seconds = statistics.median(sample.seconds for sample in samples)
-        memory = statistics.median(sample.memory for sample in samples) / 2**30
-        ratio = statistics.median(s.seconds / other for s, other in zip(samples, theirs)) if theirs else None
-        figures = [f"{1e3 * seconds:.1f}", f"{batch / seconds:.1f}", f"{needed / seconds / rate:.1%}", f"{memory:.2f}"]
-        rows.append([model, str(batch), name, *figures, "" if ratio is None else f"{ratio:.2f}"])
-    return rows
+        print(f"{model}, batch {batch}, round {number + 1}: {setting}", file=sys.stderr, flush=True)
+        try:
+            samples += run_ranks(measure_step, 1, job)
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            reason = str(error).strip().splitlines()[-1].replace("|", "/")
+            return "out of memory" if "OutOfMemory" in str(error) else reason
+    return samples
 
 
 def _flops(model: str, batch: int, captions: Sequence[str]) -> float:
@@ -114,9 +106,9 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--precision", choices=["32", "bf16"], help="bf16 where the device multiplies in it, else 32")
-    parser.add_argument("--rounds", type=int, default=2, help="fresh processes per setting (%(default)s)")
+    parser.add_argument("--shards", metavar="PATTERN", help="take the captions of these (txt)")
+    parser.add_argument("--rounds", type=int, default=1, help="fresh processes per setting (%(default)s)")
     parser.add_argument("--steps", type=int, default=10, help="timed steps per process (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write step_sweep.md")
     args = parser.parse_args()
     if args.device != "cpu" and not torch.cuda.is_available():
         parser.error("this machine has no CUDA GPU; --device cpu measures the processor")
@@ -125,6 +117,7 @@ def _arguments() -> argparse.Namespace:
     if unknown := set(args.settings) - set(SETTINGS):
         parser.error(f"--settings: {'; '.join(sorted(unknown))} is none of {'; '.join(SETTINGS)}")
     args.precision = args.precision or ("bf16" if args.device != "cpu" or multiplies_bf16() else "32")
+    args.settings.sort(key=list(SETTINGS).index)  # open_clip, which others are divided by, first
     return args
 
 

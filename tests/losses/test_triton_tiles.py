@@ -189,7 +189,7 @@ def test_compiles_for_gpus_that_are_not_here(kernel, capability, monkeypatch, tm
     assert triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize(("count", "dim"), [(1000, 64), (5001, 512), (300, 75)])
 def test_kernels_on_a_gpu(count, dim):
     image, text = (x.cuda() for x in pairs(count, dim))

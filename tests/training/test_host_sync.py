@@ -131,7 +131,7 @@ class Strict(L.Callback):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 def test_a_gpu_is_not_waited_for(tmp_path):
     strict = Strict()
     try:

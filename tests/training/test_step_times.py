@@ -146,7 +146,7 @@ def test_a_long_time_between_readings_does_not_fill_memory(monkeypatch, device):
     assert sum(read.seconds.values()) <= total
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.gpu
 def test_a_gpu_is_timed_by_its_events():
     times, matrix = StepTimes(torch.device("cuda")), torch.ones(2048, 2048, device="cuda")
     torch.cuda.synchronize()
