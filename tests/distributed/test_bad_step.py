@@ -81,7 +81,7 @@ class Dispatched(TorchDispatchMode):
 
 
 def clipped(limit: float) -> tuple[float, list[bool], list[Dispatched]]:
-    """The norm of gradients in shards, whole, and in bf16; which are the same clipped by ours and by torch; the calls."""
+    """The norm of gradients in shards and whole ones; which are the same clipped by ours and by torch; the calls."""
     group = pool_group(2)
     assert group is not None
     results, modes = [], []

@@ -46,9 +46,10 @@ def main(output_dir: str, *runs: str) -> None:
         HydraConfig.instance().set_config(cfg)
         with open_dict(cfg):
             del cfg["hydra"]
-        counts = count_gradient_exchanges()
+        counts, static = count_gradient_exchanges()
         train(cfg, Console(quiet=True))
         Path(output_dir, name, "exchanges.json").write_text(json.dumps(counts))
+        Path(output_dir, name, "static_graph.json").write_text(json.dumps(static))
 
 
 class CountCollectives(TorchDispatchMode):
@@ -63,9 +64,13 @@ class CountCollectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_gradient_exchanges() -> list[int]:
-    """How many all-reduces each of the first backward passes makes: DDP's, as the losses make none backward."""
+def count_gradient_exchanges() -> tuple[list[int], list[bool]]:
+    """How many all-reduces each of the first backward passes makes: DDP's, as the losses make none backward.
+
+    And whether DDP took the graph for static.
+    """
     counts: list[int] = []
+    static: list[bool] = []
     backward = ClipModule.manual_backward
 
     def counted(self: ClipModule, loss: torch.Tensor, *args, **kwargs) -> None:
@@ -74,9 +79,10 @@ def count_gradient_exchanges() -> list[int]:
         with CountCollectives() as collectives:
             backward(self, loss, *args, **kwargs)
         counts.append(collectives.count)
+        static.append(getattr(self.trainer.strategy.model, "static_graph", False))
 
     ClipModule.manual_backward = counted
-    return counts
+    return counts, static
 
 
 if __name__ == "__main__":
