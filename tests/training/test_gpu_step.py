@@ -88,7 +88,7 @@ def test_gpu_steps_with_shards_in_host_memory_are_those_without():
 
 def sharded_steps(device: str, offload: bool) -> dict[str, list[Any]]:
     """Three steps of one rank: losses, norms of the gradient, whether weights changed, and where the shards lie."""
-    group = dist.new_group(backend="nccl" if device == GPU else "gloo")
+    group: Any = dist.new_group(backend="nccl" if device == GPU else "gloo")
     torch.manual_seed(0)
     model = create_dual_encoder(**TINY).to(device)
     shard_towers(model, DeviceMesh.from_group(group, device), offload=offload)
