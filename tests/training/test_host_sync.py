@@ -135,7 +135,6 @@ class Strict(L.Callback):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_gpu_is_not_waited_for(tmp_path):
     strict = Strict()
