@@ -46,10 +46,10 @@ def main(output_dir: str, *runs: str) -> None:
         HydraConfig.instance().set_config(cfg)
         with open_dict(cfg):
             del cfg["hydra"]
-        counts, static = count_gradient_exchanges()
+        counts = count_gradient_exchanges()
         train(cfg, Console(quiet=True))
         Path(output_dir, name, "exchanges.json").write_text(json.dumps(counts))
-        Path(output_dir, name, "static_graph.json").write_text(json.dumps(static))
+        Path(output_dir, name, "static_graph.json").write_text(json.dumps(counts.of_static_graphs))
 
 
 class CountCollectives(TorchDispatchMode):
@@ -64,13 +64,17 @@ class CountCollectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_gradient_exchanges() -> tuple[list[int], list[bool]]:
-    """How many all-reduces each of the first backward passes makes: DDP's, as the losses make none backward.
+class Exchanges(list[int]):
+    """How many all-reduces each of the first backward passes makes, and which were of a graph that DDP took for static."""
 
-    And whether DDP took the graph for static.
-    """
-    counts: list[int] = []
-    static: list[bool] = []
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_static_graphs: list[bool] = []
+
+
+def count_gradient_exchanges() -> Exchanges:
+    """They are DDP's, as the losses make none backward."""
+    counts = Exchanges()
     backward = ClipModule.manual_backward
 
     def counted(self: ClipModule, loss: torch.Tensor, *args, **kwargs) -> None:
@@ -79,10 +83,10 @@ def count_gradient_exchanges() -> tuple[list[int], list[bool]]:
         with CountCollectives() as collectives:
             backward(self, loss, *args, **kwargs)
         counts.append(collectives.count)
-        static.append(getattr(self.trainer.strategy.model, "static_graph", False))
+        counts.of_static_graphs.append(getattr(self.trainer.strategy.model, "static_graph", False))
 
     ClipModule.manual_backward = counted
-    return counts, static
+    return counts
 
 
 if __name__ == "__main__":
