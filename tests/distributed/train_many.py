@@ -65,7 +65,7 @@ class CountCollectives(TorchDispatchMode):
 
 
 class Exchanges(list[int]):
-    """How many all-reduces each of the first backward passes makes, and which were of a graph that DDP took for static."""
+    """How many all-reduces each of the first backward passes makes, and whether DDP took its graph for static."""
 
     def __init__(self) -> None:
         super().__init__()
