@@ -76,10 +76,17 @@ class DualEncoder(nn.Module):
     def normalised(
         self, pixels: UInt8[Tensor, "b 3 height width"] | Float[Tensor, "b 3 height width"]
     ) -> Float[Tensor, "b 3 height width"]:
-        """What the image tower takes: uint8 pixels less their mean, over their deviation; others as they are."""
-        if pixels.dtype == torch.uint8:
-            return (pixels.to(self.image_mean.dtype) - self.image_mean) / self.image_std
-        return pixels
+        """What the image tower takes: uint8 pixels less their mean, over their deviation; others as they are.
+
+        They are computed in the buffers' type. Under autocast they are written in its type at once: the tower's first
+        product would round them the same, after they had been copied patch by patch in twice the bytes.
+        """
+        if pixels.dtype != torch.uint8:
+            return pixels
+        device = pixels.device.type
+        centred = pixels - self.image_mean  # one pass, which converts
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else centred.dtype
+        return torch.div(centred, self.image_std, out=torch.empty_like(centred, dtype=dtype))
 
     def encode_text(self, ids: Int64[Tensor, "b context"] | TokenIds) -> Float[Tensor, "b embed"]:
         """Unit vectors. Ids that are on the host, wherever the model is, take only the time that their lengths need."""

@@ -33,14 +33,14 @@ def clip_or_skip(
     Returns:
         The norm before clipping.
     """
-    parameters = list(parameters)
-    norm = _norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = _norm(grads)
     if limit is not None:
-        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        _clip(grads, limit, norm)
     if optimizer.defaults.get("fused"):
         found = (~norm.isfinite()).float()
         # The optimizer would copy it to gradients in host memory without waiting, and read it before it is there.
-        on_host = any(parameter.grad is not None and parameter.grad.device.type == "cpu" for parameter in parameters)
+        on_host = any(grad.device.type == "cpu" for grad in grads)
         offloaded = on_host and found.device.type != "cpu"
         optimizer.found_inf = found.cpu() if offloaded else found  # pyright: ignore[reportAttributeAccessIssue]
     else:
@@ -74,6 +74,18 @@ def _norm(grads: list[Tensor]) -> Float[Tensor, ""]:
     square = nn.utils.get_total_norm([grad.to_local() for grad in sharded]).to(mesh.device_type).square()
     dist.all_reduce(square, group=mesh.get_group())
     return (square + whole.to(square.device).square()).sqrt()
+
+
+@torch.no_grad()
+def _clip(grads: list[Tensor], limit: float, norm: Float[Tensor, ""]) -> None:
+    """As `nn.utils.clip_grads_with_norm_`, which sends what is sharded through DTensor's dispatch, in Python."""
+    coefficient = (limit / (norm + 1e-6)).clamp(max=1.0)
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for grad in grads:
+        local = grad.to_local() if isinstance(grad, DTensor) else grad
+        alike.setdefault((local.device, local.dtype), []).append(local)
+    for (device, _), group in alike.items():
+        torch._foreach_mul_(group, coefficient.to(device))
 
 
 def running_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:

@@ -37,7 +37,7 @@ from clip_train.training.loader_times import LoaderTimes
 from clip_train.training.metrics import TrainMetrics
 from clip_train.training.micro_batch import MicroBatchSearch
 from clip_train.training.module import ClipModule
-from clip_train.training.parts import plain, timeouts
+from clip_train.training.parts import plain
 from clip_train.training.probe_start import ProbeStart
 from clip_train.training.profiling import StepProfile
 from clip_train.training.progress import ProgressDisplay
@@ -49,6 +49,7 @@ from clip_train.training.run_start import RunStart
 from clip_train.training.sample_log import SampleLog
 from clip_train.training.shard_staging import ShardStaging
 from clip_train.training.startup import announce
+from clip_train.training.strategy import timeouts
 from clip_train.training.trial_report import TrialReport
 from clip_train.training.utilisation import Utilisation
 from clip_train.training.validation import AfterEvaluation, Validation, check_best_metric

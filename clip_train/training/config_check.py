@@ -61,6 +61,7 @@ _NUMBERS: tuple[tuple[str, type, float], ...] = (
     ("distill.loss_weight", Real, 0),
     ("trainer.log_every", int, 1),
     ("trainer.profile", int, 1),
+    ("trainer.ddp.bucket_cap_mb", Real, 0),
     ("checkpoint.keep", int, 1),
     ("checkpoint.keep_best", int, 1),
     ("checkpoint.every_minutes", Real, 0),
@@ -86,6 +87,7 @@ _MAY_BE = {
     "model.init_logit_bias": (None,),
     "model.text.length_multiple": (None,),
     "trainer.profile": (None,),
+    "trainer.ddp.bucket_cap_mb": (None,),
 }
 # Shares, which are at most 1.
 _SHARES = (
@@ -109,6 +111,7 @@ _OPTIONAL = (
     "distill.",
     "loss.",
     "finetune.",
+    "trainer.ddp.",
 )
 # What a model config of the user's need not have.
 _DEFAULTS = {"model.init_logit_scale": INITIAL_LOGIT_SCALE, "model.text.length_multiple": None}
@@ -201,6 +204,8 @@ def _check_fsdp(cfg: DictConfig) -> None:
         if offload:
             raise ConfigError("trainer.fsdp.cpu_offload=true is for trainer.strategy=fsdp: take that, or leave it out")
         return
+    if (cap := OmegaConf.select(cfg, "trainer.ddp.bucket_cap_mb")) is not None:
+        raise ConfigError(f"trainer.ddp.bucket_cap_mb={cap} is for trainer.strategy=ddp, not fsdp: leave it null")
     if cfg.micro_batch_size == "auto":
         raise ConfigError("micro_batch_size=auto does not try with trainer.strategy=fsdp: give a number, or take ddp")
     if cfg.trainer.precision == "16-mixed":

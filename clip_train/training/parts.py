@@ -11,7 +11,6 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -28,14 +27,13 @@ from clip_train.models.text_config import TextConfig
 from clip_train.training.checkpointing import FolderCheckpointIO
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.distillation import Teacher, open_teacher
-from clip_train.training.durations import Clock, seconds_of
-from clip_train.training.fsdp import ShardedStrategy
+from clip_train.training.durations import Clock
 from clip_train.training.launch import World
 from clip_train.training.module import ClipModule
 from clip_train.training.run_folder import RunFolder
 from clip_train.training.run_logger import RunLogger
 from clip_train.training.signals import keep_handlers
-from clip_train.training.watchdog import group_timeout
+from clip_train.training.strategy import make_strategy
 
 log = logging.getLogger(__name__)
 
@@ -126,12 +124,6 @@ def _matmul_dtype(cfg: DictConfig) -> torch.dtype | None:
     return None if name is None else getattr(torch, name)
 
 
-def timeouts(cfg: DictConfig) -> tuple[float | None, float]:
-    """Seconds without a sign of life that are too many, for any step and for the first one."""
-    later, first = cfg.guard.timeout, seconds_of(cfg.guard.first_step_timeout, "guard.first_step_timeout")
-    return None if later is None else seconds_of(later, "guard.timeout"), first
-
-
 def _precision(cfg: DictConfig, world: World) -> str:
     """What to compute in: a processor without bf16 instructions takes fp32, which is some 50 times as fast there."""
     precision = str(cfg.trainer.precision)
@@ -139,17 +131,6 @@ def _precision(cfg: DictConfig, world: World) -> str:
         log.warning("this processor has no instructions for bf16: computing in fp32")
         return "32"
     return precision
-
-
-def _strategy(cfg: DictConfig, world: World) -> DDPStrategy | str:
-    timeout = group_timeout(*timeouts(cfg))
-    if cfg.trainer.strategy == "fsdp":
-        offload = bool(OmegaConf.select(cfg, "trainer.fsdp.cpu_offload"))
-        return ShardedStrategy(offload, timeout=timeout)
-    if cfg.trainer.strategy == "auto" and world.size == 1:
-        return "auto"
-    # No buffers are broadcast: ours are constants, and ranks may run different numbers of evaluation batches.
-    return DDPStrategy(gradient_as_bucket_view=True, broadcast_buffers=False, timeout=timeout)
 
 
 def make_loggers(cfg: DictConfig, folder: RunFolder, writer: CheckpointWriter) -> list[Logger]:
@@ -166,7 +147,12 @@ def _tell_loggers(loggers: list[Logger], writer: CheckpointWriter, checkpoint: P
 
 
 def make_trainer(
-    cfg: DictConfig, world: World, folder: RunFolder, callbacks: list[L.Callback], loggers: list[Logger]
+    cfg: DictConfig,
+    world: World,
+    folder: RunFolder,
+    model: DualEncoder,
+    callbacks: list[L.Callback],
+    loggers: list[Logger],
 ) -> L.Trainer:
     """Lightning's Trainer, with all of its own checkpointing, progress and signal handling off."""
     for name in ("lightning.pytorch", "lightning.fabric"):
@@ -176,7 +162,7 @@ def make_trainer(
         accelerator=world.accelerator,
         devices=world.devices,
         num_nodes=world.num_nodes,
-        strategy=_strategy(cfg, world),
+        strategy=make_strategy(cfg, world, model),
         precision=cast(Any, _precision(cfg, world)),
         plugins=[world.environment, FolderCheckpointIO()],
         callbacks=callbacks,

@@ -69,7 +69,7 @@ def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) ->
 
     callbacks = make_callbacks(plan, rank_log, console)
     loggers = make_loggers(cfg, plan.folder, callbacks.checkpointing.writer)
-    trainer = make_trainer(cfg, world, plan.folder, callbacks.in_order, loggers)
+    trainer = make_trainer(cfg, world, plan.folder, plan.module.model, callbacks.in_order, loggers)
     with rank_log.noting_errors():
         rollback = _fit(trainer, plan)
     if rollback:

@@ -107,6 +107,10 @@ def test_values_of_the_loss_and_the_micro_batch(fail, setting, message):
         ("ema.decay=2", "ema.decay=2 is a share"),
         ("trainer.fsdp.cpu_offload=true", "trainer.fsdp.cpu_offload=true is for trainer.strategy=fsdp"),
         (
+            "trainer.strategy=fsdp trainer.ddp.bucket_cap_mb=50",
+            "trainer.ddp.bucket_cap_mb=50 is for trainer",
+        ),
+        (
             "trainer.float8=true trainer.precision=bf16-mixed",
             "trainer.float8=true needs a GPU, not trainer.accelerator",
         ),

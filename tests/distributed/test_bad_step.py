@@ -1,5 +1,7 @@
 """One number that is not finite, in one rank's part of the gradient, makes the step do nothing on all ranks."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip_train.distributed import group_rank
 from clip_train.training.bad_step import clip_or_skip, telling_seed
@@ -60,3 +63,56 @@ def test_a_bad_step_on_one_rank_changes_none(pool, sharding, what):
     assert changed == other_changed == [True, False, True]
     assert norms[::2] == other_norms[::2]
     assert not torch.tensor([norms[1], other_norms[1]]).isfinite().any()
+
+
+class Dispatched(TorchDispatchMode):
+    """Names of the operators that are called, and which of them go through DTensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: list[str] = []
+        self.of_shards: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.append(func.overloadpacket.__name__)
+        if DTensor in types:
+            self.of_shards.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def clipped(limit: float) -> tuple[float, list[bool], list[Dispatched]]:
+    """The norm of gradients in shards and whole ones; which are the same clipped by ours and by torch; the calls."""
+    group = pool_group(2)
+    assert group is not None
+    results, modes = [], []
+    for ours in (True, False):
+        torch.manual_seed(group_rank(group))
+        model = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3))
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+        model(torch.randn(4, 6)).square().mean().backward()
+        torch.manual_seed(0)
+        beside = [nn.Parameter(torch.randn((), dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+        for parameter in beside:
+            parameter.grad = torch.randn_like(parameter)
+        parameters = [*model.parameters(), *beside]
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        mode = Dispatched()
+        if ours:
+            with mode:
+                norm = clip_or_skip(optimizer, parameters, limit)
+        else:
+            norm = clip_or_skip(optimizer, parameters, None)
+            with mode:
+                nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        results.append([norm, *((g.to_local() if isinstance(g, DTensor) else g) for g in grads)])
+        modes.append(mode)
+    return norm.item(), [torch.equal(one, other) for one, other in zip(*results, strict=True)], modes
+
+
+@pytest.mark.parametrize("limit", [0.5, 1e6])
+def test_shards_are_clipped_as_plain_tensors_to_the_bit_as_by_torch(pool, limit):
+    for norm, same, (ours, torchs) in pool.run(clipped, limit, ranks=2):
+        assert 0.5 < norm < 1e6 and same == [True] * 7
+        assert ours.called.count("_foreach_mul_") == 2 and ours.of_shards == []  # one for each type
+        assert "_foreach_mul_" in torchs.of_shards

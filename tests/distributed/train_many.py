@@ -49,6 +49,7 @@ def main(output_dir: str, *runs: str) -> None:
         counts = count_gradient_exchanges()
         train(cfg, Console(quiet=True))
         Path(output_dir, name, "exchanges.json").write_text(json.dumps(counts))
+        Path(output_dir, name, "static_graph.json").write_text(json.dumps(counts.of_static_graphs))
 
 
 class CountCollectives(TorchDispatchMode):
@@ -63,9 +64,17 @@ class CountCollectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_gradient_exchanges() -> list[int]:
-    """How many all-reduces each of the first backward passes makes: DDP's, as the losses make none backward."""
-    counts: list[int] = []
+class Exchanges(list[int]):
+    """How many all-reduces each of the first backward passes makes, and whether DDP took its graph for static."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_static_graphs: list[bool] = []
+
+
+def count_gradient_exchanges() -> Exchanges:
+    """They are DDP's, as the losses make none backward."""
+    counts = Exchanges()
     backward = ClipModule.manual_backward
 
     def counted(self: ClipModule, loss: torch.Tensor, *args, **kwargs) -> None:
@@ -74,6 +83,7 @@ def count_gradient_exchanges() -> list[int]:
         with CountCollectives() as collectives:
             backward(self, loss, *args, **kwargs)
         counts.append(collectives.count)
+        counts.of_static_graphs.append(getattr(self.trainer.strategy.model, "static_graph", False))
 
     ClipModule.manual_backward = counted
     return counts

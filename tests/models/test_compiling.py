@@ -121,19 +121,43 @@ def test_steps_are_those_of_eager_blocks(monkeypatch):
 @pytest.mark.skipif(
     TorchVersion(torch.__version__) < "2.15", reason="torch mixes dtypes in attention's float64 backward"
 )
-def test_made_of_cpp_in_float64(monkeypatch):
+@pytest.mark.parametrize("name", ["text", "vision"])
+def test_made_of_cpp_in_float64(monkeypatch, name):
     """By the compiler itself: that takes seconds for a block, whatever its size."""
     monkeypatch.setattr(text_lengths, "CALL_COST", 0)
+    pixels, ids = batch(8, 0)
+    inputs = ids if name == "text" else pixels.double() / 255
     found = []
     for compiled in (True, False):
-        tower = small_model().text.double()
+        tower = getattr(small_model(), name).double()
         if compiled:
-            compile_blocks(nn.ModuleDict({"text": tower}))
-        features = tower(batch(8, 0)[1])
+            compile_blocks(nn.ModuleDict({name: tower}))
+        features = tower(inputs)
         features.sin().sum().backward()
         found.append((features.detach().sum(), [p.grad for p in tower.parameters()]))
     assert graphs() == 1
     assert_close(*found, tolerance=1e-12)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_step_in_bf16_made_of_cpp_is_the_eager_one_to_rounding(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    compiled, eager = small_model(), small_model()
+    compile_blocks(compiled)
+    assert_near(bf16_step(compiled), bf16_step(eager))
+    assert graphs() == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_gpu_steps_of_compiled_blocks_are_those_of_eager_ones(mode):
+    """CUDA graphs are recorded in the second step, and replayed from the third on."""
+    compiled, eager = small_model().cuda(), small_model().cuda()
+    compile_blocks(compiled, mode)
+    for number in range(4):
+        pixels, ids = batch(8, number)
+        assert_close(*(step(model, (pixels.cuda(), ids)) for model in (compiled, eager)), tolerance=1e-3)
 
 
 @pytest.mark.parametrize(("micro_batch_size", "grad_checkpointing"), [(None, False), (5, True)])
@@ -192,10 +216,15 @@ def test_attention_of_bf16_on_a_processor_is_compiled_with_its_own_backward(monk
             results.append(bf16_step(model))
         calls.append(sum(event.count for event in profile.key_averages() if event.key == own))
     assert calls[0] == calls[1] > 0
-    assert results[0][0].item() == pytest.approx(results[1][0].item(), rel=0.01)
-    total = torch.stack([grad.norm() for grad in results[1][1]]).norm()
-    difference = torch.stack([(one - other).norm() for one, other in zip(results[0][1], results[1][1])]).norm()
-    assert difference < 0.03 * total  # bf16 rounds other sums otherwise
+    assert_near(*results)
+
+
+def assert_near(found: tuple[Tensor, list[Tensor]], expected: tuple[Tensor, list[Tensor]]) -> None:
+    """As near as steps in bf16 are, which rounds other sums otherwise."""
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=0.01)
+    total = torch.stack([grad.norm() for grad in expected[1]]).norm()
+    difference = torch.stack([(one - other).norm() for one, other in zip(found[1], expected[1])]).norm()
+    assert difference < 0.03 * total
 
 
 def bf16_step(model: Any) -> tuple[Tensor, list[Tensor]]:

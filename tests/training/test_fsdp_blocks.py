@@ -13,8 +13,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from clip_train.distributed import gathers_rounded
 from clip_train.models import create_dual_encoder
 from clip_train.planning.states import sharded_units
-from clip_train.training import fsdp, parts
+from clip_train.training import fsdp
 from clip_train.training.fsdp import repeated_blocks
+from clip_train.training.strategy import make_strategy
 from tests.models.configs import load_config
 from tests.models.test_dual_encoder import TINY
 
@@ -79,10 +80,12 @@ def test_offloaded_shards_lie_in_memory_that_a_gpu_can_read(monkeypatch, device,
 def test_what_the_config_says_reaches_the_shards(monkeypatch, offload, precision):
     said = {"strategy": "fsdp", "fsdp": {"cpu_offload": offload}}
     guard = {"timeout": None, "first_step_timeout": "1h"}
-    strategy = parts._strategy(OmegaConf.create({"trainer": said, "guard": guard}), SimpleNamespace(size=2))  # pyright: ignore
-    assert isinstance(strategy, fsdp.ShardedStrategy)
     with torch.device("meta"):
-        strategy._lightning_module = SimpleNamespace(model=create_dual_encoder(**TINY))  # pyright: ignore
+        model = create_dual_encoder(**TINY)
+    cfg = OmegaConf.create({"trainer": said, "guard": guard})
+    strategy = make_strategy(cfg, SimpleNamespace(size=2), model)  # pyright: ignore[reportArgumentType]
+    assert isinstance(strategy, fsdp.ShardedStrategy)
+    strategy._lightning_module = SimpleNamespace(model=model)  # pyright: ignore
     strategy.precision_plugin = SimpleNamespace(precision=precision)  # pyright: ignore
     strategy.parallel_devices = [torch.device("cpu")]
     strategy.cluster_environment = LightningEnvironment()

@@ -120,7 +120,11 @@ def test_a_loss_that_asks_is_found_out(tmp_path, monkeypatch, question):
 class Strict(L.Callback):
     """CUDA raises what would wait, from the second step to the one before the last."""
 
-    steps = 0
+    def __init__(self, micro_batch_size: int | None = None) -> None:
+        self.micro_batch_size, self.steps = micro_batch_size, 0
+
+    def on_train_start(self, trainer, pl_module: Any) -> None:
+        pl_module.micro_batch_size = self.micro_batch_size
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         strict = 0 < trainer.global_step < 4
