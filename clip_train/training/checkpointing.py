@@ -15,8 +15,9 @@ from clip_train.checkpoints.choice import newest_valid
 from clip_train.checkpoints.folder import read_checkpoint, read_manifest
 from clip_train.checkpoints.snapshot import SnapshotTaker
 from clip_train.checkpoints.writer import CheckpointWriter
-from clip_train.distributed import gather_objects
+from clip_train.distributed import gather_objects, max_on_hosts
 from clip_train.errors import SaveError
+from clip_train.heartbeat import beat
 from clip_train.training.agreement import Vote
 from clip_train.training.durations import passes
 from clip_train.training.metrics import TrainMetrics
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 
 _FINAL_ATTEMPTS = 5
 _LEAVING_SECONDS = 60.0
+_TURN_SECONDS = 1.0
+_WRITING_SECONDS = 1800.0  # what takes longer is for the watchdog
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -140,14 +143,15 @@ class Checkpointing(Callback):
         self._take_note(pl_module)
         for attempt in range(_FINAL_ATTEMPTS):
             self._save(trainer, pl_module)
-            self.writer.wait()
+            self._wait_for_ranks()
             failures = gather_objects([self.writer.failure] if self.writer.failure else [])
             if not failures:
                 return
             if attempt + 1 < _FINAL_ATTEMPTS:
                 time.sleep(2**attempt)
+        # The last is of a rank that could not write, the first may be of one that waited for it.
         raise SaveError(
-            f"the last checkpoint could not be written to {self.writer.folder} ({failures[0]}): make room or mend it,"
+            f"the last checkpoint could not be written to {self.writer.folder} ({failures[-1]}): make room or mend it,"
             " then run again with resume=auto"
         )
 
@@ -170,14 +174,26 @@ class Checkpointing(Callback):
     def _save(self, trainer: L.Trainer, pl_module: ClipModule, metrics: Mapping[str, float] | None = None) -> None:
         with self.metrics.paused(trainer):
             start = time.perf_counter()
-            self.writer.wait()
+            self._wait_for_ranks()
             state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            if self.writer.rank < self.writer.ranks:
-                snapshot = self._snapshots.take(state, self.writer.rank)
+            writes = self.writer.rank < self.writer.ranks
+            snapshot = self._snapshots.take(state, self.writer.rank) if writes else None
+            if max_on_hosts(int(snapshot is not None and self.writer.holds(snapshot))):
+                self.writer.failure = ""  # the run stands where it began, or where it saved last
+            elif snapshot:
                 about = {**self.about(), "metrics": dict(metrics or {}), "milestone": self._milestone_due}
                 self.writer.write(snapshot, about)
             if not self.asynchronous:
-                self.writer.wait()
+                self._wait_for_ranks()
             self.longest_stall = max(self.longest_stall, time.perf_counter() - start)
         self._due = self._milestone_due = False
         self._saved_samples, self._saved_at = pl_module.samples_seen, time.monotonic()
+
+    def _wait_for_ranks(self) -> None:
+        """Until what any rank has begun is written, or has failed; they wait together, and tell their watchdogs."""
+        end = time.monotonic() + _WRITING_SECONDS
+        while max_on_hosts(int(self.writer.busy)):
+            if time.monotonic() < end:
+                beat()
+            with suppress(TimeoutError):
+                self.writer.wait(_TURN_SECONDS)
