@@ -201,7 +201,7 @@ def _checkpointing(plan: RunPlan, metrics: TrainMetrics) -> Checkpointing:
         Retention(settings.keep, settings.keep_best, settings.best_metric, settings.best_mode),
         rank=world.rank,
         ranks=world.size if plan.cfg.trainer.strategy == "fsdp" else 1,  # that have something to write
-        mirror=Mirror(settings.mirror) if settings.mirror else None,
+        mirror=Mirror(settings.mirror, plan.folder.checkpoints) if settings.mirror else None,
     )
     return Checkpointing(
         writer,

@@ -13,6 +13,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from clip_train.checkpoints.choice import newest_valid
 from clip_train.checkpoints.folder import read_checkpoint, read_manifest
+from clip_train.checkpoints.mirror import Mirror
 from clip_train.checkpoints.snapshot import SnapshotTaker
 from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.distributed import gather_objects, max_on_hosts
@@ -22,12 +23,14 @@ from clip_train.training.agreement import Vote
 from clip_train.training.durations import passes
 from clip_train.training.metrics import TrainMetrics
 from clip_train.training.module import ClipModule
+from clip_train.training.signals import stop_requested
 
 log = logging.getLogger(__name__)
 
 _FINAL_ATTEMPTS = 5
 _LEAVING_SECONDS = 60.0
 _TURN_SECONDS = 1.0
+_POLL_SECONDS = 0.2
 _WRITING_SECONDS = 1800.0  # what takes longer is for the watchdog
 
 
@@ -42,6 +45,17 @@ class FolderCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path) -> None:
         raise NotImplementedError("Checkpointing removes")
+
+
+def finish_copies(mirror: Mirror) -> None:
+    """Wait as long as copies advance and no rank is told to stop.
+
+    All ranks wait, as what has started them may end the last of them when the others have gone.
+    """
+    if mirror.advancing:
+        log.info("waiting for the copies at checkpoint.mirror; a signal ends this")
+    while max_on_hosts(2 if stop_requested() else int(mirror.advancing)) == 1:
+        time.sleep(_POLL_SECONDS)
 
 
 class Checkpointing(Callback):
@@ -97,6 +111,8 @@ class Checkpointing(Callback):
             self.writer.remove_from(pl_module.samples_seen, self.resumed_from)
         if self.resumed_from and self.resumed_from.resolve().parent == self.writer.folder.resolve():
             self._saved_samples = pl_module.samples_seen
+            if self.writer.mirror and trainer.is_global_zero:
+                self.writer.mirror.upload_missing(self.resumed_from)
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ClipModule, outputs, batch, batch_idx) -> None:
@@ -162,8 +178,14 @@ class Checkpointing(Callback):
                 self.writer.wait(_LEAVING_SECONDS)
 
     def teardown(self, trainer, pl_module, stage: str) -> None:
-        if self.writer.mirror:
-            self.writer.mirror.wait(_LEAVING_SECONDS)
+        """Let copies for the mirror be completed: a stopped run waits for a minute at the most."""
+        if self.writer.mirror is None:
+            return
+        with suppress(TimeoutError):
+            self.writer.wait(_LEAVING_SECONDS)  # it may have a last manifest to copy
+        if pl_module.samples_seen >= pl_module.clock.total_samples:
+            finish_copies(self.writer.mirror)
+        self.writer.mirror.wait(_LEAVING_SECONDS)
 
     def newest(self) -> tuple[Path, int] | None:
         """The newest valid checkpoint, when all are written, or what the run went on from; and its samples seen."""

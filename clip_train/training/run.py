@@ -10,9 +10,11 @@ import lightning as L
 from omegaconf import DictConfig
 from rich.console import Console
 
+from clip_train.checkpoints.mirror import Mirror
 from clip_train.data.loader import keep_workers, let_workers_end
 from clip_train.processes import die_with_parent
 from clip_train.training.callbacks import RunCallbacks, RunPlan, make_callbacks
+from clip_train.training.checkpointing import finish_copies
 from clip_train.training.config_check import check_config
 from clip_train.training.durations import RUN_LENGTH_KEYS, Clock
 from clip_train.training.finetuning import load_base, prepare
@@ -65,6 +67,7 @@ def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) ->
     plan = _plan(cfg, world, undone)
     if plan.complete_already:
         log.info("%s is complete", plan.folder.path)
+        _complete_mirror(plan)
         return {**plan.folder.read_summary(), "trained": False}
 
     callbacks = make_callbacks(plan, rank_log, console)
@@ -107,6 +110,15 @@ def _plan(cfg: DictConfig, world: World, undone: RollBack | None) -> RunPlan:
     if resume.source != "never":
         undone = undone or noted_rollback(folder.rollback, checkpoint.path if checkpoint else None)
     return RunPlan(cfg, world, folder, data, clock, module, base, resume, checkpoint, undone)
+
+
+def _complete_mirror(plan: RunPlan) -> None:
+    """Copy the last checkpoint of a complete run, where the run itself could not."""
+    if plan.cfg.checkpoint.mirror and plan.checkpoint and plan.world.rank == 0:
+        mirror = Mirror(plan.cfg.checkpoint.mirror, plan.folder.checkpoints)
+        mirror.upload_missing(plan.checkpoint.path)
+        finish_copies(mirror)
+        mirror.wait(0)
 
 
 def _fit(trainer: L.Trainer, plan: RunPlan) -> RollBack | None:

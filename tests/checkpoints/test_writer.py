@@ -73,7 +73,7 @@ def test_an_invalid_one_does_not_count_among_those_kept(tmp_path):
 
 
 def test_the_mirror_has_what_the_folder_has(tmp_path):
-    writer = CheckpointWriter(tmp_path / "here", Retention(2), mirror=Mirror("memory://mirror/b32"))
+    writer = CheckpointWriter(tmp_path / "here", Retention(2), mirror=Mirror("memory://mirror/b32", tmp_path / "here"))
     write(writer, 32, 64, 96)
     assert writer.mirror
     writer.mirror.wait(30)
@@ -87,8 +87,10 @@ def test_the_mirror_has_what_the_folder_has(tmp_path):
 
 
 def test_a_mirror_that_fails_is_said_and_costs_nothing(tmp_path, caplog, monkeypatch):
-    mirror = Mirror("memory://mirror/broken")
-    monkeypatch.setattr(mirror.files, "put_file", lambda *paths: (_ for _ in ()).throw(OSError("no route to host")))
+    mirror = Mirror("memory://mirror/broken", tmp_path)
+    monkeypatch.setattr(
+        mirror.files, "put_file", lambda *paths, **_: (_ for _ in ()).throw(OSError("no route to host"))
+    )
     writer = CheckpointWriter(tmp_path, Retention(1), mirror=mirror)
     with caplog.at_level(logging.ERROR):
         write(writer, 32, 64)
@@ -97,9 +99,11 @@ def test_a_mirror_that_fails_is_said_and_costs_nothing(tmp_path, caplog, monkeyp
     assert saved(tmp_path) == [64] and not writer.failure
 
 
-def test_an_address_that_cannot_be():
+def test_an_address_that_cannot_be(tmp_path):
     with pytest.raises(ConfigError, match=r"checkpoint\.mirror=nowhere://x"):
-        Mirror("nowhere://x")
+        Mirror("nowhere://x", tmp_path)
+    with pytest.raises(ConfigError, match=r"checkpoint\.mirror=.* is where the checkpoints are"):
+        Mirror(f"{tmp_path}/a/..", tmp_path)
 
 
 def test_metrics_are_noted_in_a_checkpoint_that_is_there(tmp_path):
