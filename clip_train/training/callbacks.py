@@ -66,6 +66,7 @@ class RunPlan:
         base: what its checkpoints go onto; None where they hold all weights.
         checkpoint: what it goes on from; None for a fresh start.
         undone: the roll-back that led here, if one did.
+        looked_again: whether it is a second plan, as the ranks had found different checkpoints.
     """
 
     cfg: DictConfig
@@ -78,6 +79,7 @@ class RunPlan:
     resume: Resume
     checkpoint: Checkpoint | None
     undone: RollBack | None
+    looked_again: bool
 
     @property
     def retrieval_sets(self) -> dict[str, EvalBatches]:
@@ -141,6 +143,7 @@ def _start(plan: RunPlan, rank_log: RankLog, console: Console) -> RunStart:
         config_text=OmegaConf.to_yaml(plan.cfg, resolve=True),
         resume=plan.resume.source,
         checkpoint=plan.checkpoint.path if plan.checkpoint else None,
+        looked_again=plan.looked_again,
         data_fingerprint=plan.data.fingerprint(),
         announce=lambda: announce(console, plan.cfg, plan.folder, plan.module, plan.data, plan.world),
     )

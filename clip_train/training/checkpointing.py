@@ -177,7 +177,7 @@ class Checkpointing(Callback):
             with suppress(TimeoutError):
                 self.writer.wait(_LEAVING_SECONDS)
 
-    def teardown(self, trainer, pl_module, stage: str) -> None:
+    def teardown(self, trainer: L.Trainer, pl_module: ClipModule, stage: str) -> None:
         """Let copies for the mirror be completed: a stopped run waits for a minute at the most."""
         if self.writer.mirror is None:
             return
