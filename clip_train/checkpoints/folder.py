@@ -108,9 +108,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, all ranks the same, that gets its name, replacing what had it, when it is complete."""
-    temporary = path.with_name(f"{path.name}{UNFINISHED}")
+def whole_folder(path: Path, temporary: Path | None = None) -> Iterator[Path]:
+    """A folder to fill, all ranks the same, that gets its name, replacing what had it, when it is complete.
+
+    Args:
+        temporary: its name until then; None for one that follows from `path`.
+    """
+    temporary = temporary or path.with_name(f"{path.name}{UNFINISHED}")
     try:
         yield temporary
         replaced = path.with_name(f"{path.name}.replaced{UNFINISHED}")

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class CheckpointWriter:
         self.folder, self.retention, self.rank, self.ranks = folder, retention, rank, ranks
         self.mirror, self.on_saved = mirror, on_saved
         self.failure = ""
+        self._attempts = 0
         self._retry_at, self._retry_seconds = 0.0, _FIRST_RETRY_SECONDS
         self._jobs = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._last: Future[None] | None = None
@@ -81,8 +83,9 @@ class CheckpointWriter:
         return bool(self.failure) and time.monotonic() >= self._retry_at
 
     def write(self, snapshot: Snapshot, about: Mapping[str, Any]) -> None:
-        """Begin to write; the snapshot must stay as it is until `busy` is False."""
-        self._last = self._jobs.submit(self._try_to_write, snapshot, about)
+        """Begin to write, on all ranks that write, when none of them is busy; the snapshot must stay until none is."""
+        self._attempts += 1
+        self._last = self._jobs.submit(self._try_to_write, snapshot, about, self._attempts)
 
     def add_metrics(self, samples_seen: int, metrics: Mapping[str, float]) -> None:
         """Note in a checkpoint, once it is written, what was measured at that moment."""
@@ -97,6 +100,16 @@ class CheckpointWriter:
         if self._last is not None:
             self._last.result(seconds)
 
+    def holds(self, snapshot: Snapshot) -> bool:
+        """Whether a complete checkpoint is of the same moment of the same history; only the first rank knows."""
+        if snapshot.rest is None:
+            return False
+        try:
+            record = read_manifest(self.folder / checkpoint_name(snapshot.samples_seen)).files.get(STATE)
+        except InvalidCheckpointError:
+            return False
+        return record is not None and record.sha256 == hashlib.sha256(snapshot.rest).hexdigest()
+
     def is_best(self, path: Path) -> bool:
         """Whether this complete checkpoint is the best of those that are there."""
         return self.retention.is_top(samples_of(path), self.saved())
@@ -110,8 +123,7 @@ class CheckpointWriter:
         Args:
             but: the checkpoint that the run goes on from.
         """
-        for path in self.folder.glob(f"samples_*{UNFINISHED}"):
-            shutil.rmtree(path, ignore_errors=True)
+        self._remove_unfinished()
         for path in list_checkpoints(self.folder):
             if samples_of(path) < samples_seen or (but is not None and path.resolve() == but.resolve()):
                 continue
@@ -134,9 +146,15 @@ class CheckpointWriter:
             found[samples_of(path)] = Saved(about.get("metrics", {}), about.get("milestone", False))
         return found
 
-    def _try_to_write(self, snapshot: Snapshot, about: Mapping[str, Any]) -> None:
+    def _try_to_write(self, snapshot: Snapshot, about: Mapping[str, Any], attempt: int) -> None:
+        path = self.folder / checkpoint_name(snapshot.samples_seen)
+        # A name for each attempt: a slow rank's part of one that has failed must not be taken for one of the next.
+        temporary = path.with_name(f"{path.name}.{attempt}{UNFINISHED}")
         try:
-            self._write(snapshot, about)
+            if self.rank == 0:
+                self._write(path, temporary, snapshot, about)
+            else:
+                self._write_part(temporary, snapshot)
         except Exception as error:  # whatever it is, training goes on
             self.failure = f"{type(error).__name__}: {error}"
             self._retry_at = time.monotonic() + self._retry_seconds
@@ -150,14 +168,9 @@ class CheckpointWriter:
         else:
             self.failure, self._retry_seconds = "", _FIRST_RETRY_SECONDS
 
-    def _write(self, snapshot: Snapshot, about: Mapping[str, Any]) -> None:
-        path = self.folder / checkpoint_name(snapshot.samples_seen)
-        if self.rank > 0:
-            self._write_part(path.with_name(f"{path.name}{UNFINISHED}"), snapshot)
-            return
-        if _holds(path, snapshot):
-            return  # the run stands where it began
-        with whole_folder(path) as temporary:
+    def _write(self, path: Path, temporary: Path, snapshot: Snapshot, about: Mapping[str, Any]) -> None:
+        self._remove_unfinished(but=temporary)
+        with whole_folder(path, temporary):
             files = write_pieces(temporary, snapshot, self.rank, sharded=self.ranks > 1)
             for rank in range(1, self.ranks):
                 files |= _records_of(temporary, rank)
@@ -166,9 +179,21 @@ class CheckpointWriter:
         self._after_save(path)
 
     def _write_part(self, folder: Path, snapshot: Snapshot) -> None:
-        records = write_pieces(folder, snapshot, self.rank, sharded=True)
-        content = {name: asdict(record) for name, record in records.items()}
-        write_atomic(_record_file(folder, self.rank), json.dumps(content).encode())
+        try:
+            records = write_pieces(folder, snapshot, self.rank, sharded=True)
+            content = {name: asdict(record) for name, record in records.items()}
+            write_atomic(_record_file(folder, self.rank), json.dumps(content).encode())
+        except Exception:
+            with suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)  # the first rank may come to it later
+                _failure_file(folder, self.rank).touch()  # an empty one, as the disk may be full
+            raise
+
+    def _remove_unfinished(self, but: Path | None = None) -> None:
+        """Remove what attempts that failed, or were killed, have left; other ranks may be at work on `but`."""
+        for path in self.folder.glob(f"samples_*{UNFINISHED}"):
+            if path != but:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _add_metrics(self, samples_seen: int, metrics: Mapping[str, float]) -> None:
         path = self.folder / checkpoint_name(samples_seen)
@@ -228,28 +253,27 @@ def _set_aside(path: Path) -> None:
         log.error("could not set %s aside (%s)", path, error.strerror)
 
 
-def _holds(path: Path, snapshot: Snapshot) -> bool:
-    """Whether a complete checkpoint is of the same moment of the same history."""
-    try:
-        record = read_manifest(path).files[STATE]
-    except InvalidCheckpointError:
-        return False
-    return snapshot.rest is not None and record.sha256 == hashlib.sha256(snapshot.rest).hexdigest()
-
-
 def _record_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:05d}.json"
+
+
+def _failure_file(folder: Path, rank: int) -> Path:
+    """What a rank leaves in place of its record, so that the first one does not wait for it."""
+    return folder / f"rank_{rank:05d}.failed"
 
 
 def _records_of(folder: Path, rank: int) -> dict[str, FileRecord]:
     """What another rank wrote, once it has.
 
     Raises:
+        OSError: it could not.
         TimeoutError: it did not within half an hour.
     """
-    path = _record_file(folder, rank)
+    path, failed = _record_file(folder, rank), _failure_file(folder, rank)
     end = time.monotonic() + _RANKS_SECONDS
     while not path.exists():
+        if failed.exists():
+            raise OSError(f"rank {rank} could not write its part: logs/{failed.stem}.log says why")
         if time.monotonic() > end:
             raise TimeoutError(f"rank {rank} did not write its part")
         time.sleep(_POLL_SECONDS)

@@ -67,6 +67,7 @@ class RunPlan:
         base: what its checkpoints go onto; None where they hold all weights.
         checkpoint: what it goes on from; None for a fresh start.
         undone: the roll-back that led here, if one did.
+        looked_again: whether it is a second plan, as the ranks had found different checkpoints.
     """
 
     cfg: DictConfig
@@ -79,6 +80,7 @@ class RunPlan:
     resume: Resume
     checkpoint: Checkpoint | None
     undone: RollBack | None
+    looked_again: bool
 
     @property
     def retrieval_sets(self) -> dict[str, EvalBatches]:
@@ -142,6 +144,7 @@ def _start(plan: RunPlan, rank_log: RankLog, console: Console) -> RunStart:
         config_text=OmegaConf.to_yaml(plan.cfg, resolve=True),
         resume=plan.resume.source,
         checkpoint=plan.checkpoint.path if plan.checkpoint else None,
+        looked_again=plan.looked_again,
         data_fingerprint=plan.data.fingerprint(),
         announce=lambda: announce(console, plan.cfg, plan.folder, plan.module, plan.data, plan.world),
     )
@@ -202,7 +205,7 @@ def _checkpointing(plan: RunPlan, metrics: TrainMetrics) -> Checkpointing:
         Retention(settings.keep, settings.keep_best, settings.best_metric, settings.best_mode),
         rank=world.rank,
         ranks=world.size if plan.cfg.trainer.strategy == "fsdp" else 1,  # that have something to write
-        mirror=Mirror(settings.mirror) if settings.mirror else None,
+        mirror=Mirror(settings.mirror, plan.folder.checkpoints) if settings.mirror else None,
     )
     return Checkpointing(
         writer,

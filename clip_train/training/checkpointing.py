@@ -13,19 +13,25 @@ from lightning.pytorch.plugins.io import CheckpointIO
 
 from clip_train.checkpoints.choice import newest_valid
 from clip_train.checkpoints.folder import read_checkpoint, read_manifest
+from clip_train.checkpoints.mirror import Mirror
 from clip_train.checkpoints.snapshot import SnapshotTaker
 from clip_train.checkpoints.writer import CheckpointWriter
-from clip_train.distributed import gather_objects
+from clip_train.distributed import gather_objects, max_on_hosts
 from clip_train.errors import SaveError
+from clip_train.heartbeat import beat
 from clip_train.training.agreement import Vote
 from clip_train.training.durations import passes
 from clip_train.training.metrics import TrainMetrics
 from clip_train.training.module import ClipModule
+from clip_train.training.signals import stop_requested
 
 log = logging.getLogger(__name__)
 
 _FINAL_ATTEMPTS = 5
 _LEAVING_SECONDS = 60.0
+_TURN_SECONDS = 1.0
+_POLL_SECONDS = 0.2
+_WRITING_SECONDS = 1800.0  # what takes longer is for the watchdog
 
 
 class FolderCheckpointIO(CheckpointIO):
@@ -39,6 +45,17 @@ class FolderCheckpointIO(CheckpointIO):
 
     def remove_checkpoint(self, path) -> None:
         raise NotImplementedError("Checkpointing removes")
+
+
+def finish_copies(mirror: Mirror) -> None:
+    """Wait as long as copies advance and no rank is told to stop.
+
+    All ranks wait, as what has started them may end the last of them when the others have gone.
+    """
+    if mirror.advancing:
+        log.info("waiting for the copies at checkpoint.mirror; a signal ends this")
+    while max_on_hosts(2 if stop_requested() else int(mirror.advancing)) == 1:
+        time.sleep(_POLL_SECONDS)
 
 
 class Checkpointing(Callback):
@@ -94,6 +111,8 @@ class Checkpointing(Callback):
             self.writer.remove_from(pl_module.samples_seen, self.resumed_from)
         if self.resumed_from and self.resumed_from.resolve().parent == self.writer.folder.resolve():
             self._saved_samples = pl_module.samples_seen
+            if self.writer.mirror and trainer.is_global_zero:
+                self.writer.mirror.upload_missing(self.resumed_from)
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: ClipModule, outputs, batch, batch_idx) -> None:
@@ -140,14 +159,15 @@ class Checkpointing(Callback):
         self._take_note(pl_module)
         for attempt in range(_FINAL_ATTEMPTS):
             self._save(trainer, pl_module)
-            self.writer.wait()
+            self._wait_for_ranks()
             failures = gather_objects([self.writer.failure] if self.writer.failure else [])
             if not failures:
                 return
             if attempt + 1 < _FINAL_ATTEMPTS:
                 time.sleep(2**attempt)
+        # The last is of a rank that could not write, the first may be of one that waited for it.
         raise SaveError(
-            f"the last checkpoint could not be written to {self.writer.folder} ({failures[0]}): make room or mend it,"
+            f"the last checkpoint could not be written to {self.writer.folder} ({failures[-1]}): make room or mend it,"
             " then run again with resume=auto"
         )
 
@@ -157,9 +177,15 @@ class Checkpointing(Callback):
             with suppress(TimeoutError):
                 self.writer.wait(_LEAVING_SECONDS)
 
-    def teardown(self, trainer, pl_module, stage: str) -> None:
-        if self.writer.mirror:
-            self.writer.mirror.wait(_LEAVING_SECONDS)
+    def teardown(self, trainer: L.Trainer, pl_module: ClipModule, stage: str) -> None:
+        """Let copies for the mirror be completed: a stopped run waits for a minute at the most."""
+        if self.writer.mirror is None:
+            return
+        with suppress(TimeoutError):
+            self.writer.wait(_LEAVING_SECONDS)  # it may have a last manifest to copy
+        if pl_module.samples_seen >= pl_module.clock.total_samples:
+            finish_copies(self.writer.mirror)
+        self.writer.mirror.wait(_LEAVING_SECONDS)
 
     def newest(self) -> tuple[Path, int] | None:
         """The newest valid checkpoint, when all are written, or what the run went on from; and its samples seen."""
@@ -170,14 +196,26 @@ class Checkpointing(Callback):
     def _save(self, trainer: L.Trainer, pl_module: ClipModule, metrics: Mapping[str, float] | None = None) -> None:
         with self.metrics.paused(trainer):
             start = time.perf_counter()
-            self.writer.wait()
+            self._wait_for_ranks()
             state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-            if self.writer.rank < self.writer.ranks:
-                snapshot = self._snapshots.take(state, self.writer.rank)
+            writes = self.writer.rank < self.writer.ranks
+            snapshot = self._snapshots.take(state, self.writer.rank) if writes else None
+            if max_on_hosts(int(snapshot is not None and self.writer.holds(snapshot))):
+                self.writer.failure = ""  # the run stands where it began, or where it saved last
+            elif snapshot:
                 about = {**self.about(), "metrics": dict(metrics or {}), "milestone": self._milestone_due}
                 self.writer.write(snapshot, about)
             if not self.asynchronous:
-                self.writer.wait()
+                self._wait_for_ranks()
             self.longest_stall = max(self.longest_stall, time.perf_counter() - start)
         self._due = self._milestone_due = False
         self._saved_samples, self._saved_at = pl_module.samples_seen, time.monotonic()
+
+    def _wait_for_ranks(self) -> None:
+        """Until what any rank has begun is written, or has failed; they wait together, and tell their watchdogs."""
+        end = time.monotonic() + _WRITING_SECONDS
+        while max_on_hosts(int(self.writer.busy)):
+            if time.monotonic() < end:
+                beat()
+            with suppress(TimeoutError):
+                self.writer.wait(_TURN_SECONDS)

@@ -10,9 +10,11 @@ import lightning as L
 from omegaconf import DictConfig
 from rich.console import Console
 
+from clip_train.checkpoints.mirror import Mirror
 from clip_train.data.loader import keep_workers, let_workers_end
 from clip_train.processes import die_with_parent
 from clip_train.training.callbacks import RunCallbacks, RunPlan, make_callbacks
+from clip_train.training.checkpointing import finish_copies
 from clip_train.training.config_check import check_config
 from clip_train.training.durations import RUN_LENGTH_KEYS, Clock
 from clip_train.training.finetuning import load_base, prepare
@@ -30,6 +32,7 @@ from clip_train.training.rank_log import start_rank_log
 from clip_train.training.resume import Resume, check_resumable, find_checkpoint
 from clip_train.training.rollback import RollBack, note_rollback, noted_rollback
 from clip_train.training.run_folder import RunFolder, default_run_name
+from clip_train.training.run_start import LookAgain
 
 log = logging.getLogger(__name__)
 
@@ -48,41 +51,47 @@ def train(cfg: DictConfig, console: Console) -> dict[str, Any]:
     Raises:
         ClipTrainError: the user's input is wrong, and nothing was written; or training has diverged.
     """
-    outcome = _train(cfg, console)
-    while isinstance(outcome, RollBack):
+    undone, looked_again = None, False
+    while not isinstance(outcome := _train(cfg, console, undone, looked_again), dict):
+        if isinstance(outcome, RollBack):
+            undone = outcome
+        else:
+            looked_again = True
         gc.collect()  # the model, and what holds on to it in circles
-        outcome = _train(cfg, console, undone=outcome)
     return outcome
 
 
-def _train(cfg: DictConfig, console: Console, undone: RollBack | None = None) -> dict[str, Any] | RollBack:
-    """The run from its checkpoint, or from that of the roll-back that led here, to its end or to the next roll-back."""
+def _train(
+    cfg: DictConfig, console: Console, undone: RollBack | None, looked_again: bool
+) -> dict[str, Any] | RollBack | LookAgain:
+    """The run from its checkpoint, or from that of the roll-back that led here, to its end or to where it is left."""
     world = find_world(cfg.trainer.accelerator, cfg.trainer.devices, cfg.trainer.num_nodes)
     check_config(cfg, world)
     if started_by_lightning():
         die_with_parent()
     rank_log = start_rank_log(world.rank)
-    plan = _plan(cfg, world, undone)
+    plan = _plan(cfg, world, undone, looked_again)
     if plan.complete_already:
         log.info("%s is complete", plan.folder.path)
+        _complete_mirror(plan)
         return {**plan.folder.read_summary(), "trained": False}
 
     callbacks = make_callbacks(plan, rank_log, console)
     loggers = make_loggers(cfg, plan.folder, callbacks.checkpointing.writer)
     trainer = make_trainer(cfg, world, plan.folder, plan.module.model, callbacks.in_order, loggers)
     with rank_log.noting_errors():
-        rollback = _fit(trainer, plan)
-    if rollback:
-        if trainer.is_global_zero:
-            note_rollback(plan.folder.rollback, rollback)
-        return rollback
+        left = _fit(trainer, plan)
+    if left:
+        if isinstance(left, RollBack) and trainer.is_global_zero:
+            note_rollback(plan.folder.rollback, left)
+        return left
     summary = _summary(trainer, plan, callbacks)
     if trainer.is_global_zero:
         plan.folder.write_summary(summary)
     return {**summary, "trained": True}
 
 
-def _plan(cfg: DictConfig, world: World, undone: RollBack | None) -> RunPlan:
+def _plan(cfg: DictConfig, world: World, undone: RollBack | None, looked_again: bool) -> RunPlan:
     """Name the run, open its data, make its model and find where it begins; nothing is written."""
     cfg.run_name = str(cfg.run_name or default_run_name(cfg.model_name, world))
     folder = RunFolder(Path(str(cfg.output_dir)) / cfg.run_name)
@@ -106,16 +115,25 @@ def _plan(cfg: DictConfig, world: World, undone: RollBack | None) -> RunPlan:
         check_resumable(checkpoint, resume, module=module, **about)
     if resume.source != "never":
         undone = undone or noted_rollback(folder.rollback, checkpoint.path if checkpoint else None)
-    return RunPlan(cfg, world, folder, data, clock, module, base, resume, checkpoint, undone)
+    return RunPlan(cfg, world, folder, data, clock, module, base, resume, checkpoint, undone, looked_again)
 
 
-def _fit(trainer: L.Trainer, plan: RunPlan) -> RollBack | None:
+def _complete_mirror(plan: RunPlan) -> None:
+    """Copy the last checkpoint of a complete run, where the run itself could not."""
+    if plan.cfg.checkpoint.mirror and plan.checkpoint and plan.world.rank == 0:
+        mirror = Mirror(plan.cfg.checkpoint.mirror, plan.folder.checkpoints)
+        mirror.upload_missing(plan.checkpoint.path)
+        finish_copies(mirror)
+        mirror.wait(0)
+
+
+def _fit(trainer: L.Trainer, plan: RunPlan) -> RollBack | LookAgain | None:
     keep_workers()
     checkpoint = plan.checkpoint.path if plan.checkpoint else None
     try:
         trainer.fit(plan.module, datamodule=plan.data, ckpt_path=checkpoint, weights_only=True)
-    except RollBack as rollback:
-        return rollback.with_traceback(None)  # which holds the model
+    except (RollBack, LookAgain) as left:
+        return left.with_traceback(None)  # which holds the model
     finally:
         let_workers_end()
 

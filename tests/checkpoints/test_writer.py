@@ -4,7 +4,7 @@ import fsspec
 import pytest
 
 from clip_train.checkpoints import writer as writer_module
-from clip_train.checkpoints.folder import list_checkpoints, read_checkpoint, read_manifest, samples_of
+from clip_train.checkpoints.folder import list_checkpoints, read_checkpoint, read_manifest, samples_of, write_pieces
 from clip_train.checkpoints.mirror import Mirror
 from clip_train.checkpoints.retention import Retention, Saved
 from clip_train.checkpoints.snapshot import SnapshotTaker
@@ -49,7 +49,7 @@ def test_a_failed_save_leaves_the_last_one_and_is_tried_again(tmp_path, caplog, 
     monkeypatch.setattr(writer_module, "_FIRST_RETRY_SECONDS", 0.0)
     writer = CheckpointWriter(tmp_path, Retention(1))
     write(writer, 32)
-    obstacle = tmp_path / "samples_00000000000064.ckpt.tmp"
+    obstacle = tmp_path / "samples_00000000000064.ckpt.2.tmp"
     obstacle.write_text("a file where a folder should be")
     with caplog.at_level(logging.ERROR):
         write(writer, 64)
@@ -73,7 +73,7 @@ def test_an_invalid_one_does_not_count_among_those_kept(tmp_path):
 
 
 def test_the_mirror_has_what_the_folder_has(tmp_path):
-    writer = CheckpointWriter(tmp_path / "here", Retention(2), mirror=Mirror("memory://mirror/b32"))
+    writer = CheckpointWriter(tmp_path / "here", Retention(2), mirror=Mirror("memory://mirror/b32", tmp_path / "here"))
     write(writer, 32, 64, 96)
     assert writer.mirror
     writer.mirror.wait(30)
@@ -87,8 +87,10 @@ def test_the_mirror_has_what_the_folder_has(tmp_path):
 
 
 def test_a_mirror_that_fails_is_said_and_costs_nothing(tmp_path, caplog, monkeypatch):
-    mirror = Mirror("memory://mirror/broken")
-    monkeypatch.setattr(mirror.files, "put_file", lambda *paths: (_ for _ in ()).throw(OSError("no route to host")))
+    mirror = Mirror("memory://mirror/broken", tmp_path)
+    monkeypatch.setattr(
+        mirror.files, "put_file", lambda *paths, **_: (_ for _ in ()).throw(OSError("no route to host"))
+    )
     writer = CheckpointWriter(tmp_path, Retention(1), mirror=mirror)
     with caplog.at_level(logging.ERROR):
         write(writer, 32, 64)
@@ -97,9 +99,11 @@ def test_a_mirror_that_fails_is_said_and_costs_nothing(tmp_path, caplog, monkeyp
     assert saved(tmp_path) == [64] and not writer.failure
 
 
-def test_an_address_that_cannot_be():
+def test_an_address_that_cannot_be(tmp_path):
     with pytest.raises(ConfigError, match=r"checkpoint\.mirror=nowhere://x"):
-        Mirror("nowhere://x")
+        Mirror("nowhere://x", tmp_path)
+    with pytest.raises(ConfigError, match=r"checkpoint\.mirror=.* is where the checkpoints are"):
+        Mirror(f"{tmp_path}/a/..", tmp_path)
 
 
 def test_metrics_are_noted_in_a_checkpoint_that_is_there(tmp_path):
@@ -121,7 +125,7 @@ def test_milestones_stay_for_good(tmp_path):
 def test_noting_metrics_does_not_make_a_failure_good(tmp_path, monkeypatch):
     monkeypatch.setattr(writer_module, "_FIRST_RETRY_SECONDS", 0.0)
     writer = CheckpointWriter(tmp_path, Retention(1))
-    (tmp_path / "samples_00000000000064.ckpt.tmp").write_text("a file where a folder should be")
+    (tmp_path / "samples_00000000000064.ckpt.1.tmp").write_text("a file where a folder should be")
     write(writer, 64)
     writer.add_metrics(64, {"recall": 0.5})
     writer.wait()
@@ -146,3 +150,47 @@ def test_a_broken_checkpoint_ahead_is_set_aside(tmp_path):
     writer.remove_from(32, tmp_path / "samples_00000000000032.ckpt")
     assert saved(tmp_path) == [32]
     assert (tmp_path / "samples_00000000000096.ckpt.invalid" / "manifest.json").exists()
+
+
+def write_on_ranks(writers, monkeypatch, failing):
+    """One attempt, of one rank after the other in this order, those of `failing` in vain."""
+
+    def write_pieces_or_fail(folder, snapshot, rank, sharded):
+        if rank in failing:
+            raise OSError(f"no space for rank {rank}")
+        return write_pieces(folder, snapshot, rank, sharded)
+
+    monkeypatch.setattr(writer_module, "write_pieces", write_pieces_or_fail)
+    for writer in writers:
+        writer.write(SnapshotTaker(copy=True).take(make_state(64), writer.rank), {})
+        if writer.rank or 0 in failing:
+            writer.wait(60)
+    for writer in writers:
+        writer.wait(60)
+
+
+def test_the_first_rank_does_not_wait_for_one_that_has_failed(tmp_path, monkeypatch):
+    writers = [CheckpointWriter(tmp_path, Retention(1), rank=rank, ranks=3) for rank in range(3)]
+    write_on_ranks(writers[::-1], monkeypatch, failing={2})  # it fails before the folder is there
+    assert "rank 2 could not write its part: logs/rank_00002.log says why" in writers[0].failure
+    assert not writers[1].failure and "no space for rank 2" in writers[2].failure
+    write_on_ranks(writers, monkeypatch, failing={})
+    assert not any(writer.failure for writer in writers)
+    assert [path.name for path in tmp_path.iterdir()] == ["samples_00000000000064.ckpt"]
+    assert sorted(path.name for path in tmp_path.glob("*/*")) == [
+        "manifest.json",
+        "model.00000.safetensors",
+        "optimizer.00000.safetensors",
+        "state.pt",
+    ]
+
+
+def test_a_late_part_of_a_failed_attempt_is_not_taken_for_one_of_the_next(tmp_path, monkeypatch):
+    writers = [CheckpointWriter(tmp_path, Retention(1), rank=rank, ranks=2) for rank in range(2)]
+    write_on_ranks(writers, monkeypatch, failing={0})  # the other writes when that has given up
+    assert not writers[1].failure and len(list(tmp_path.glob("*.tmp"))) == 1
+    write_on_ranks(writers, monkeypatch, failing={1})
+    assert "rank 1 could not write its part" in writers[0].failure
+    assert not saved(tmp_path)
+    write_on_ranks(writers, monkeypatch, failing={})
+    assert [path.name for path in tmp_path.iterdir()] == ["samples_00000000000064.ckpt"]

@@ -81,8 +81,9 @@ def test_a_run_leaves_its_folder(tmp_path):
 
     (folder / "report.html").write_text("as it was")
     complete = clip_train(*TINY, f"output_dir={tmp_path}", "run_name=run", "max_steps=3", "eval.every=2 steps",
-                          "eval.report=true", "resume=auto")  # fmt: skip
+                          "eval.report=true", "resume=auto", f"checkpoint.mirror={tmp_path}/mirror")  # fmt: skip
     assert complete.returncode == 0, complete.stderr
+    assert verify(tmp_path / "mirror" / "samples_00000000000096.ckpt").samples_seen == 96
     assert (folder / "report.html").read_text() == "as it was"
 
     # As a sweep, so that its jobs must find the config too.
