@@ -39,15 +39,29 @@ def use_float8(model: nn.Module, emulate: bool = False) -> list[str]:
 
     Returns:
         The names of these layers.
+
+    Raises:
+        ConfigError: there are none.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    towers = [part for name, part in model.named_children() if name in ("vision", "text", "decoder")]
-    inside = {id(module) for tower in towers for block in blocks_of(tower) for module in block.modules()}
-    chosen = [name for name, module in model.named_modules() if id(module) in inside and _suits(module)]
+    chosen = float8_layers(model)
     # Padded where the number of tokens, over which gradients of weights are summed, is no multiple.
     config = Float8LinearConfig(pad_inner_dim=True, emulate=emulate)
     convert_to_float8_training(model, config=config, module_filter_fn=lambda _, name: name in chosen)
+    return chosen
+
+
+def float8_layers(model: nn.Module) -> list[str]:
+    """The names of the layers that `use_float8` converts. Raises ConfigError if there are none."""
+    towers = [part for name, part in model.named_children() if name in ("vision", "text", "decoder")]
+    inside = {id(module) for tower in towers for block in blocks_of(tower) for module in block.modules()}
+    chosen = [name for name, module in model.named_modules() if id(module) in inside and _suits(module)]
+    if not chosen:
+        raise ConfigError(
+            "trainer.float8=true finds no linear layer in the towers' blocks that learns and has sides that are"
+            " multiples of 16: leave it out"
+        )
     return chosen
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from clip_train.data.files import write_atomic
 from clip_train.errors import ConfigError
 
 _GIB, _TERA, _GIGA = 2**30, 1e12, 1e9
-CPU = "cpu"
+CPU, CUDA = "cpu", "cuda"
+_THIS_PROCESSOR = "this processor"
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Hardware:
         memory: bytes that a program sees.
         bf16, fp32: operations per second of dense products. PyTorch rounds no fp32 product to TF32 unless told to.
         link, network: bytes per second that a device sends to others in its node, and to those of other nodes.
+        device: `cpu` or `cuda`.
+        host: bytes per second between host memory and the device, each way.
+        float8: operations per second of dense products in float8, summed in fp32; None where there are none.
     """
 
     name: str
@@ -34,27 +38,37 @@ class Hardware:
     fp32: float
     link: float
     network: float
+    device: str = CUDA
+    host: float = 32e9
+    float8: float | None = None
 
     def rate(self, precision: str) -> float:
         """Operations per second under a `trainer.precision`."""
         return self.fp32 if precision in ("32", "32-true") else self.bf16
 
 
-def _gpu(name: str, memory: float, bf16: float, fp32: float, link: float, network: float) -> Hardware:
-    return Hardware(name, memory * _GIB, bf16 * _TERA, fp32 * _TERA, link * _GIGA, network * _GIGA)
+def _gpu(
+    name: str, memory: float, rates: tuple[float, float, float | None], bandwidths: tuple[float, float, float]
+) -> Hardware:
+    """In GiB, in TFLOP/s of bf16, fp32 and float8, and in GB/s of link, network and host."""
+    bf16, fp32, float8 = rates
+    link, network, host = (bandwidth * _GIGA for bandwidth in bandwidths)
+    float8 = None if float8 is None else float8 * _TERA
+    return Hardware(name, memory * _GIB, bf16 * _TERA, fp32 * _TERA, link, network, CUDA, host, float8)
 
 
-# Vendors' data sheets: products without sparsity. Memory is what drivers report. Links one way: NVLink, or PCIe 4.0
-# x16. Networks are what is usual in nodes of eight: an InfiniBand adapter of 200 (A100) or 400 Gb/s per GPU; elsewhere
-# 100 and 25 Gb/s of Ethernet per GPU.
+# Vendors' data sheets: products without sparsity; those in float8, which an A100 has not, with sums in fp32. Memory is
+# what drivers report. Links one way: NVLink, or PCIe 4.0 x16. Networks are what is usual in nodes of eight: an
+# InfiniBand adapter of 200 (A100) or 400 Gb/s per GPU; elsewhere 100 and 25 Gb/s of Ethernet per GPU. To the host PCIe
+# x16, 5.0 for H100 and H200, else 4.0.
 TABLE = {
-    "a100": _gpu("A100 SXM 80 GB", 79.2, 312, 19.5, 300, 25),
-    "h100": _gpu("H100 SXM 80 GB", 79.2, 989, 67, 450, 50),
-    "h200": _gpu("H200 SXM 141 GB", 139.8, 989, 67, 450, 50),
-    "l40s": _gpu("L40S 48 GB", 44.4, 362, 91.6, 32, 12.5),
-    "rtx4090": _gpu("RTX 4090 24 GB", 23.5, 165, 82.6, 32, 3.1),
+    "a100": _gpu("A100 SXM 80 GB", 79.2, (312, 19.5, None), (300, 25, 32)),
+    "h100": _gpu("H100 SXM 80 GB", 79.2, (989, 67, 1979), (450, 50, 64)),
+    "h200": _gpu("H200 SXM 141 GB", 139.8, (989, 67, 1979), (450, 50, 64)),
+    "l40s": _gpu("L40S 48 GB", 44.4, (362, 91.6, 733), (32, 12.5, 32)),
+    "rtx4090": _gpu("RTX 4090 24 GB", 23.5, (165, 82.6, 330), (32, 3.1, 32)),
 }
-
+_UNKNOWN_GPU = _gpu("a GPU", 0, (0, 0, None), (32, 3.1, 32))
 
 # What a driver calls the GPUs of the table. Others of these families, such as the H100 PCIe, have other rates.
 _DRIVER_NAMES = {
@@ -95,12 +109,23 @@ def find_hardware(name: str, setting: str = "plan.hardware") -> Hardware:
 def read_hardware(path: Path, setting: str) -> Hardware:
     """Raises ConfigError if the file is not there, or none of ours."""
     try:
-        found = json.loads(path.read_text())
-        return Hardware(**{field.name: field.type(found[field.name]) for field in fields(Hardware)})  # pyright: ignore
+        return _of_json(json.loads(path.read_text()))
     except OSError as error:
         raise ConfigError(f"{setting}={path}: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{setting}={path} is no file of `clip-plan calibrate`: write it again") from error
+
+
+def _of_json(found: Any) -> Hardware:
+    """Raises ValueError, KeyError or TypeError if it is no hardware. Older files lack what has a default."""
+    name = str(found["name"])
+    numbers = {key: float(found[key]) for key in ("memory", "bf16", "fp32", "link", "network")}
+    numbers["host"] = float(found.get("host", Hardware.host))
+    device = str(found.get("device", CPU if name.startswith(_THIS_PROCESSOR) else CUDA))
+    if device not in (CPU, CUDA):
+        raise ValueError(device)
+    float8 = found.get("float8")
+    return Hardware(name, **numbers, device=device, float8=None if float8 is None else float(float8))
 
 
 def write_hardware(hardware: Hardware, path: Path) -> None:
@@ -117,7 +142,9 @@ def write_json(content: Any, path: Path, setting: str) -> None:
 
 
 def measure_hardware(device: torch.device, seconds: float = 0.5) -> Hardware:
-    """Rates of square products and size of memory. Bandwidths are not measured: those of the table's usual kind.
+    """Rates of square products and size of memory.
+
+    Bandwidths are not measured: they are those of the table, where that has the GPU. Nor is the rate in float8: None.
 
     Args:
         seconds: of products, for each of the two rates.
@@ -128,14 +155,13 @@ def measure_hardware(device: torch.device, seconds: float = 0.5) -> Hardware:
     bf16 = fp32
     if on_gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         bf16 = _product_rate(device, torch.bfloat16, size, seconds)
-    link, network = (32e9, 3.1e9) if on_gpu else (5e9, 1.2e9)
     if on_gpu:
         known = torch.cuda.get_device_properties(device)
-        like = next((TABLE[key] for key in TABLE if key in known.name.lower().replace(" ", "")), None)
-        link, network = (like.link, like.network) if like else (link, network)
-        return Hardware(known.name, float(known.total_memory), bf16, fp32, link, network)
+        like = next((TABLE[key] for key in TABLE if key in known.name.lower().replace(" ", "")), _UNKNOWN_GPU)
+        return replace(like, name=known.name, memory=float(known.total_memory), bf16=bf16, fp32=fp32, float8=None)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Hardware(f"this processor, {torch.get_num_threads()} thread(s)", float(memory), bf16, fp32, link, network)
+    name = f"{_THIS_PROCESSOR}, {torch.get_num_threads()} thread(s)"
+    return Hardware(name, float(memory), bf16, fp32, link=5e9, network=1.2e9, device=CPU)
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype, size: int, seconds: float) -> float:

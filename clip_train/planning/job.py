@@ -18,7 +18,7 @@ class Job:
         strategy: `ddp` or `fsdp`; one process alone exchanges nothing with `ddp`.
         loss: `contrastive`, `sigmoid` or `captioning`; any other is taken as contrastive.
         exchange: `gather` or `ring`.
-        matmul_bytes: of a number in the loss's products.
+        matmul_bytes: of a number in the loss's products, and of features on their way.
         embed_dim: width of the features.
         offload: `trainer.fsdp.cpu_offload`.
     """

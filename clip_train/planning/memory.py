@@ -35,7 +35,13 @@ class MemoryPlan:
 
 
 def plan_memory(
-    job: Job, states: States, activations: Activations, units: list[ShardedUnit], image_size: int, context: int
+    job: Job,
+    states: States,
+    activations: Activations,
+    units: list[ShardedUnit],
+    image_size: int,
+    context: int,
+    device: str,
 ) -> MemoryPlan:
     """Of a step after the first one, when the optimizer has its state.
 
@@ -44,6 +50,7 @@ def plan_memory(
         activations: with the checkpointing that there is.
         units: that FSDP cuts.
         image_size, context: of the inputs.
+        device: `cpu` or `cuda`.
     """
     share = job.kept_share
     footprint = activations.at(job.at_once)
@@ -51,7 +58,7 @@ def plan_memory(
     batch = 2 * job.local_batch * (3 * image_size**2 + 8 * context)  # training/copied_ahead.py sends the next one
     if job.micro_batches > 1:
         batch += 16 * job.local_batch * job.embed_dim
-    loss = loss_bytes(job)
+    loss = loss_bytes(job, device)
     kept = share * (states.weights + states.optimizer + states.average) + batch
     gradients = job.gradient_share * states.gradients
     peak = kept + gathered + _fullest_moment(job, footprint, gradients, loss)
@@ -85,7 +92,7 @@ def _gathered(units: list[ShardedUnit]) -> float:
     return towers + max(blocks, default=0.0)
 
 
-def loss_bytes(job: Job, device: str = "cuda") -> float:
+def loss_bytes(job: Job, device: str) -> float:
     """Of the loss at its fullest, above the features: docs/large_batch.md, "Memory of the loss"."""
     rows, every, dim = job.local_batch, job.batch_size, job.embed_dim
     tiles = min(_TILE[device], 2 * 4 * rows * every)

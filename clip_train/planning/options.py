@@ -1,11 +1,12 @@
 """The `plan` group, and the job that the rest of a config describes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from clip_train.errors import ConfigError
+from clip_train.planning.hardware import CPU, Hardware
 from clip_train.planning.job import CAPTIONING, CONTRASTIVE, DDP, FSDP, SIGMOID, Job
 from clip_train.planning.states import dtype_bytes
 from clip_train.planning.timing import Assumptions
@@ -54,17 +55,22 @@ class PlanOptions:
         return Assumptions(self.efficiency, self.link_efficiency, self.overlap, network)
 
 
-def job_of(cfg: DictConfig) -> Job:
+def job_of(cfg: DictConfig, hardware: Hardware) -> Job:
     """The batch and its processes; `auto` is one device, and the whole local batch at once.
 
+    Args:
+        hardware: to be run on.
+
     Raises:
-        ConfigError: as `clip-train` would, but that the data need not be there.
+        ConfigError: as `clip-train` would, but that neither the data nor a GPU nor a compiler need be there.
     """
     if OmegaConf.is_missing(cfg.data.train, "shards"):
         cfg.data.train.shards = "unknown"
     devices = 1 if cfg.trainer.devices == "auto" else cfg.trainer.devices
+    # Found as for processors, of which there are as many as one likes: the GPUs are elsewhere.
     world = find_world("cpu", devices, cfg.trainer.num_nodes)
-    check_config(cfg, world)
+    on_cpu = CPU in (cfg.trainer.accelerator, hardware.device)
+    check_config(cfg, replace(world, accelerator="cpu" if on_cpu else "gpu"), runs_here=False)
     return Job(
         batch_size=cfg.batch_size,
         devices=world.devices,
@@ -73,7 +79,8 @@ def job_of(cfg: DictConfig) -> Job:
         strategy=FSDP if cfg.trainer.strategy == "fsdp" else DDP,
         loss=_LOSSES.get(str(cfg.loss._target_).rpartition(".")[2], CONTRASTIVE),
         exchange=str(cfg.loss.get("exchange", "gather")),
-        matmul_bytes=dtype_bytes(cfg.loss.get("matmul_dtype")),
+        # Rounded numbers stay in fp32 on a processor: losses/tiles.py.
+        matmul_bytes=dtype_bytes(None if hardware.device == CPU else cfg.loss.get("matmul_dtype")),
         embed_dim=cfg.model.embed_dim,
         offload=bool(OmegaConf.select(cfg, "trainer.fsdp.cpu_offload")),
     )

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from clip_train.errors import ConfigError
 from clip_train.models.checkpointing import MODES, NONE, checkpointing_mode
+from clip_train.models.float8 import float8_layers
 from clip_train.planning.activations import Activations, measure_activations
 from clip_train.planning.hardware import Hardware, find_hardware
 from clip_train.planning.job import DDP, FSDP, Job
@@ -96,9 +97,9 @@ class Planner:
 
     def __init__(self, cfg: DictConfig) -> None:
         self.options = PlanOptions.of(cfg)
-        self.job = job_of(cfg)
-        self.clock = clock_of(cfg, self.options)
         self.hardware = find_hardware(self.options.hardware)
+        self.job = job_of(cfg, self.hardware)
+        self.clock = clock_of(cfg, self.options)
         self.precision, self.optim = str(cfg.trainer.precision), plain(cfg.optim)
         self._config = plain(cfg.model)
         self._finetune = None if cfg.get("finetune") is None else plain(cfg.finetune)
@@ -110,6 +111,7 @@ class Planner:
         self.may_split = _may_split(self.model)
         if self.job.micro_batch_size is not None:
             refuse_batch_norm(self.model.model)
+        self._float8 = float8_layers(self.model.model) if cfg.trainer.get("float8") else []
 
     @cache  # noqa: B019 -- lives as long as the program
     def planned(self, checkpointing: str) -> PlannedModel:
@@ -124,7 +126,7 @@ class Planner:
 
     @cache  # noqa: B019
     def flops(self, checkpointing: str, tokens: int) -> Flops:
-        return self.planned(checkpointing).count_flops(tokens)
+        return self.planned(checkpointing).count_flops(tokens, self._float8)
 
     def tokens(self, job: Job) -> int:
         """That a typical text goes through the tower with; with FSDP as many as the longest."""
@@ -138,7 +140,8 @@ class Planner:
 
     def memory(self, job: Job, checkpointing: str) -> MemoryPlan:
         inputs = self.model.image_size, self.model.context_length
-        return plan_memory(job, self.states, self.activations(checkpointing), self.units, *inputs)
+        held = self.states, self.activations(checkpointing), self.units
+        return plan_memory(job, *held, *inputs, self.hardware.device)
 
     def largest(self, job: Job, checkpointing: str) -> int | None:
         """Pairs at once that fit. A model with batch norm takes all of the local batch or none."""
@@ -150,9 +153,11 @@ class Planner:
             return job.local_batch if peak(job.local_batch) <= self.room else None
         return largest_micro_batch(job, self.room, peak)
 
+    def traffic(self, job: Job) -> Traffic:
+        return plan_traffic(job, self.states.gradients, self.units, self._beside)
+
     def variant(self, job: Job, checkpointing: str) -> Variant:
-        memory = self.memory(job, checkpointing)
-        traffic = plan_traffic(job, self.states.gradients, self.units, self._beside)
+        memory, traffic = self.memory(job, checkpointing), self.traffic(job)
         flops = self.flops(checkpointing, self.tokens(job))
         assumed = self.options.assumptions
         step = time_step(job, flops, self.learning, traffic, self.hardware, self.precision, assumed)
@@ -243,15 +248,17 @@ def make_plan(cfg: DictConfig) -> Plan:
         scaling=planner.scaling(checkpointing),
         cores=rate / planner.options.images_per_core,
         workers=workers,
-        notes=_notes(cfg, chosen, planner.room, largest) + _loader_notes(cfg, rate, workers),
+        notes=_notes(cfg, chosen, planner.hardware, planner.room, largest) + _loader_notes(cfg, rate, workers),
     )
 
 
-def _notes(cfg: DictConfig, chosen: Variant, room: float, largest: int | None) -> list[str]:
+def _notes(cfg: DictConfig, chosen: Variant, hardware: Hardware, room: float, largest: int | None) -> list[str]:
     notes: list[str] = []
     if not chosen.fits:
         remedy = "see the alternatives" if largest is None else f"micro_batch_size={largest} would"
         notes.append(f"does not fit: {chosen.memory.peak / 2**30:.1f} GiB of {room / 2**30:.1f}; {remedy}")
+    if cfg.trainer.get("float8") and hardware.float8 is None:
+        notes.append(f"trainer.float8: {hardware.name} has no rate in float8 here: its products are counted in bf16")
     if cfg.trainer.devices == "auto":
         notes.append("trainer.devices=auto is taken as 1: give the GPUs per node")
     if not str(cfg.loss._target_).startswith("clip_train.losses."):

@@ -11,6 +11,7 @@ from clip_train.distributed import gathers_rounded
 from clip_train.models import DualEncoder
 from clip_train.models.layers import product_weights, repeated_blocks
 from clip_train.models.locking import fixed_names
+from clip_train.training.frozen_towers import frozen_towers
 from clip_train.training.optimizer import parameter_groups
 
 _TOWERS = ("vision", "text", "decoder")
@@ -94,15 +95,21 @@ class ShardedUnit:
         parameters: that it holds itself, not those of units inside.
         sizes: bytes of a number of each, when it is gathered.
         is_tower: it stays gathered from forward to backward if it learns; a block does not.
+        encoded_once: a step calls it once for each micro-batch, as nothing in its tower learns.
     """
 
     parameters: list[Tensor]
     sizes: list[int]
     is_tower: bool
+    encoded_once: bool = False
 
     def gathered_bytes(self, world_size: int) -> float:
         """Of all ranks' parts, which are equal: the first axis is padded to a multiple of the ranks."""
         return sum(size * _padded(p, world_size) for p, size in zip(self.parameters, self.sizes, strict=True))
+
+    def kept_bytes(self, world_size: int) -> float:
+        """The same as they are kept."""
+        return sum(p.element_size() * _padded(p, world_size) for p in self.parameters)
 
     def reduced_bytes(self, world_size: int) -> float:
         """The same of the gradients of what learns, in the dtype of what is kept."""
@@ -114,8 +121,12 @@ class ShardedUnit:
 
 
 def sharded_units(model: DualEncoder, precision: str = "32") -> list[ShardedUnit]:
-    """As `training/fsdp.py` cuts the model, and rounds what it gathers with `trainer.precision=bf16-mixed`."""
+    """As `training/fsdp.py` cuts the model, and rounds what it gathers with `trainer.precision=bf16-mixed`.
+
+    The model is in training mode afterwards.
+    """
     rounded = product_weights(model) if precision == "bf16-mixed" and gathers_rounded() else set()
+    once = frozen_towers(model.train())
     units: list[ShardedUnit] = []
     for tower in (part for name, part in model.named_children() if name in _TOWERS):
         taken: set[int] = set()
@@ -124,7 +135,9 @@ def sharded_units(model: DualEncoder, precision: str = "32") -> list[ShardedUnit
             taken |= {id(parameter) for parameter in own}
             if own:
                 sizes = [2 if parameter in rounded else parameter.element_size() for parameter in own]
-                units.append(ShardedUnit(list[Tensor](own), sizes, module is tower))
+                is_tower = module is tower  # whose own weights are gathered before it is known to be done already
+                encoded_once = tower in once and not is_tower
+                units.append(ShardedUnit(list[Tensor](own), sizes, is_tower, encoded_once))
     return units
 
 

@@ -5,7 +5,9 @@ from collections.abc import Iterable, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from clip_train.planning.hardware import CPU
 from clip_train.planning.plan import Plan, Variant
+from clip_train.planning.timing import LATENCY
 
 _GIB, _GIGA, _DASH = 2**30, 1e9, "–"
 
@@ -82,6 +84,8 @@ def _step(plan: Plan) -> Table:
         ("gradients and weights, not hidden", f"{step.gradient_exchange:.3f}", ""),
         ("  gradients", "", f"{traffic.gradients:,.0f}"),
         ("  weights", "", f"{traffic.weights:,.0f}"),
+        ("what ranks agree on, gradient's norm", _DASH, f"{traffic.numbers:,.0f}"),
+        *([("shards from the host, gradients to it", f"{step.host:.3f}", "")] if plan.chosen.job.offload else []),
         ("step", f"{step.total:.3f}", f"{traffic.total:,.0f}"),
         ("pairs/s", f"{plan.chosen.pairs_per_second:,.0f}", ""),
         ("days", f"{plan.chosen.days:,.2f}", ""),
@@ -113,7 +117,7 @@ def _alternatives(plan: Plan) -> Table:
 
 def _scaling(plan: Plan) -> Table:
     header = ("GPUs", "pairs each", "at once", "efficiency", "exchange")
-    header += ("GiB", "s/step", "pairs/s", "days", "GPU-hours", "cores each")
+    header += ("GiB", "s/step", "pairs/s", "days", "GPU-hours", "cost", "cores each")
     first = next((variant for variant in plan.scaling.values() if variant is not None), None)
     rows = [
         (f"{gpus:,}", *_scaled(plan, variant, first))
@@ -126,13 +130,14 @@ def _scaling(plan: Plan) -> Table:
 
 def _scaled(plan: Plan, variant: Variant, first: Variant) -> tuple[str, ...]:
     each, alone = (way.pairs_per_second / way.job.world_size for way in (variant, first))
-    exchanged = variant.step.loss_exchange + variant.step.gradient_exchange
+    exchanged = variant.step.loss_exchange + variant.step.gradient_exchange + variant.step.host
     return (
         f"{variant.job.local_batch:,}",
         f"{variant.job.at_once:,}",
         f"{each / alone:.0%}",
         f"{exchanged / variant.step.total:.0%}",
         *_figures(variant),
+        _cost(variant),
         f"{each / plan.options.images_per_core:.1f}",
     )
 
@@ -164,10 +169,30 @@ def _assumptions(plan: Plan) -> list[str]:
         f": a step reaches {options.efficiency:.0%} (plan.efficiency)",
         f"{hardware.link / _GIGA:,.0f} GB/s per GPU inside a node, {network:,.1f} between nodes, of which collectives"
         f" reach {options.link_efficiency:.0%} (plan.link_efficiency)",
+        "collectives go around rings, so that all ranks send equally much; each message of the loss takes"
+        f" {LATENCY * 1e6:.0f} us",
         f"gradients hide behind {options.overlap:.0%} of the last backward (plan.overlap), features behind nothing",
+        "left out: ranks that wait for slower ones, and the optimizer's arithmetic",
         f"memory is that of texts of {plan.context_length} tokens, the whole context; time of {plan.typical_tokens},"
         f" as the tower takes captions of {options.caption_tokens} (plan.caption_tokens)",
+        *_of_settings(plan),
         f"of {hardware.memory / _GIB:.1f} GiB a step may take {options.usable_memory:.0%} (plan.usable_memory)",
         f"a core decodes {options.images_per_core:,.0f} images/s (plan.images_per_core)",
         "efficiency is pairs per second and GPU beside the first row's; micro-batches but one go forward twice",
     ]
+
+
+def _of_settings(plan: Plan) -> list[str]:
+    """Of `trainer.float8` and `trainer.fsdp.cpu_offload`."""
+    hardware, flops, lines = plan.hardware, plan.typical_flops, []
+    if flops.float8 and hardware.float8 is not None:
+        lines.append(
+            f"{hardware.float8 / 1e12:,.1f} TFLOP/s in float8, for {flops.float8 / flops.forward_total:.0%} of forward"
+            " and as much of backward; scaling costs nothing, and memory is that of bf16"
+        )
+    if plan.chosen.job.offload and hardware.device != CPU:
+        lines.append(
+            f"{hardware.host / _GIGA:,.0f} GB/s to the host and from it, hidden behind nothing; the processor's"
+            f" {plan.optimizer} is left out"
+        )
+    return lines

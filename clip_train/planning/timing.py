@@ -4,13 +4,13 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from clip_train.planning.hardware import Hardware
+from clip_train.planning.hardware import CPU, Hardware
 from clip_train.planning.job import SIGMOID, Job
 from clip_train.planning.towers import Flops
 from clip_train.planning.traffic import Traffic
 
 # Seconds that one message of a collective takes, however short.
-_LATENCY = 15e-6
+LATENCY = 15e-6
 # Of a step's products, those of backward.
 _BACKWARD = 2 / 3
 
@@ -41,6 +41,7 @@ class StepTime:
         loss: those of the loss.
         loss_exchange: features and their gradients on the way, which nothing hides.
         gradient_exchange: of gradients, and weights with FSDP, as far as backward does not hide it.
+        host: of what is offloaded, to the device and back, which nothing hides.
         flops: operations of a rank, what is recomputed included.
     """
 
@@ -48,11 +49,12 @@ class StepTime:
     loss: float
     loss_exchange: float
     gradient_exchange: float
+    host: float
     flops: float
 
     @property
     def total(self) -> float:
-        return self.towers + self.loss + self.loss_exchange + self.gradient_exchange
+        return self.towers + self.loss + self.loss_exchange + self.gradient_exchange + self.host
 
 
 def time_step(
@@ -71,14 +73,15 @@ def time_step(
         learning: parts of the model that learn; the others encode a micro-batch once.
         precision: `trainer.precision`.
     """
-    rate = hardware.rate(precision) * assumed.efficiency
-    per_pair = flops.training
-    twice = (job.micro_batches - 1) / job.micro_batches
-    per_pair += twice * sum(count for part, count in flops.forward.items() if part in learning)
-    towers = per_pair * job.local_batch
+    learned = sum(count for part, count in flops.forward.items() if part in learning)
+    per_pair = flops.training + learned * (job.micro_batches - 1) / job.micro_batches
+    # As large a part of backward, and of what is computed again, as of forward; nothing of what does not learn.
+    in_float8 = (per_pair - flops.forward_total + learned) * flops.float8 / learned if learned else 0.0
+    rate = hardware.rate(precision)
+    seconds = (per_pair - in_float8) / rate + in_float8 / (hardware.float8 or rate)
+    seconds *= job.local_batch / assumed.efficiency
     loss = loss_flops(job)
     loss_rate = (hardware.fp32 if job.matmul_bytes == 4 else hardware.bf16) * assumed.efficiency
-    seconds = towers / rate
     backward = _BACKWARD * seconds / job.micro_batches
     gradients = _exchange(traffic.gradients, job, hardware, assumed) - assumed.overlap * backward
     weights = _exchange(traffic.weights, job, hardware, assumed) - assumed.overlap * (seconds - backward)
@@ -87,7 +90,8 @@ def time_step(
         loss=loss / loss_rate,
         loss_exchange=_exchange(traffic.loss, job, hardware, assumed) + _waiting(job),
         gradient_exchange=max(gradients, 0.0) + max(weights, 0.0),
-        flops=towers + loss,
+        host=0.0 if hardware.device == CPU else traffic.host / hardware.host,
+        flops=per_pair * job.local_batch + loss,
     )
 
 
@@ -111,4 +115,4 @@ def _waiting(job: Job) -> float:
     if job.world_size == 1:
         return 0.0
     messages = 3 * job.world_size if job.exchange == "ring" else 6 * math.ceil(math.log2(job.world_size))
-    return messages * _LATENCY
+    return messages * LATENCY

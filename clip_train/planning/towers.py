@@ -1,6 +1,6 @@
 """The model of a config without its weights: tensors with shapes and no memory, on which a step can be counted."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,10 +33,12 @@ class Flops:
     Attributes:
         forward: by part of the model.
         training: forward and backward of all parts, what is recomputed included.
+        float8: forward, of the layers that compute in float8.
     """
 
     forward: Mapping[str, float]
     training: float
+    float8: float = 0.0
 
     @property
     def forward_total(self) -> float:
@@ -120,8 +122,12 @@ class PlannedModel:
             if wanted:
                 torch.stack(wanted).sum().backward()
 
-    def count_flops(self, tokens: int | None = None) -> Flops:
-        """Of one pair whose text has so many tokens (the whole context if None)."""
+    def count_flops(self, tokens: int | None = None, float8: Sequence[str] = ()) -> Flops:
+        """Of one pair whose text has so many tokens (the whole context if None).
+
+        Args:
+            float8: names of layers that compute so.
+        """
         self.model.train()
         with self.fake(), self.autocast():
             with FlopCounterMode(display=False, custom_mapping=COUNTS) as forward:
@@ -134,7 +140,8 @@ class PlannedModel:
         by_part = {name: sum(counts[f"{root}.{name}"].values()) / 2 for name in self.parts}
         rest = forward.get_total_flops() / 2 - sum(by_part.values())
         training = (forward.get_total_flops() + backward.get_total_flops()) / 2
-        return Flops(by_part | ({OTHER: rest} if rest else {}), training)
+        in_float8 = sum(sum(counts.get(f"{root}.{name}", {}).values()) for name in float8) / 2
+        return Flops(by_part | ({OTHER: rest} if rest else {}), training, in_float8)
 
 
 def _convolution_backward(

@@ -9,6 +9,8 @@ from clip_train.planning.job import CAPTIONING, SIGMOID, Job
 from clip_train.planning.states import ShardedUnit
 
 _NUMBER, _COUNT = 4, 8  # bytes of a number in fp32 and of an integer
+# Integers that the hosts add up before a step: of training/agreement.py itself, and the votes in training/callbacks.py.
+_AGREED = 3 + 4
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,16 @@ class Traffic:
         weights: FSDP's all-gathers.
         features: of the loss, forward.
         feature_gradients: of the loss, backward.
+        numbers: single ones: what the hosts agree on, and the norm of FSDP's gradients.
+        host: not between ranks, but between a device and its host's memory, where shards are offloaded.
     """
 
     gradients: float
     weights: float
     features: float
     feature_gradients: float
+    numbers: float
+    host: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -34,7 +40,8 @@ class Traffic:
 
     @property
     def total(self) -> float:
-        return self.gradients + self.weights + self.loss
+        """Of what goes to other ranks."""
+        return self.gradients + self.weights + self.loss + self.numbers
 
 
 def plan_traffic(job: Job, learning: float, units: Sequence[ShardedUnit], beside: Sequence[Tensor]) -> Traffic:
@@ -46,22 +53,40 @@ def plan_traffic(job: Job, learning: float, units: Sequence[ShardedUnit], beside
         beside: parameters that FSDP leaves whole.
     """
     features, feature_gradients = loss_traffic(job)
-    if not job.sharded:
-        return Traffic(all_reduced(learning, job.world_size), 0.0, features, feature_gradients)
     ranks = job.world_size
+    numbers = all_reduced(_AGREED * _COUNT, ranks)
+    if not job.sharded:
+        return Traffic(all_reduced(learning, ranks), 0.0, features, feature_gradients, numbers)
     reduced = sum(unit.reduced_bytes(ranks) for unit in units) * _share(ranks)
     reduced += sum(all_reduced(p.numel() * p.element_size(), ranks) for p in beside if p.requires_grad)
     gathered = sum(unit.gathered_bytes(ranks) * _gathers(unit, job.micro_batches) for unit in units) * _share(ranks)
-    return Traffic(reduced, gathered, features, feature_gradients)
+    numbers += all_reduced(_norm_bytes(units), ranks)
+    return Traffic(reduced, gathered, features, feature_gradients, numbers, _host_bytes(job, units))
+
+
+def _host_bytes(job: Job, units: Sequence[ShardedUnit]) -> float:
+    """A shard goes to the device, unrounded, for each gathering, and its gradients come back once."""
+    if not job.offload:
+        return 0.0
+    ranks = job.world_size
+    return (
+        sum(_gathers(unit, job.micro_batches) * unit.kept_bytes(ranks) + unit.reduced_bytes(ranks) for unit in units)
+        / ranks
+    )
+
+
+def _norm_bytes(units: Sequence[ShardedUnit]) -> int:
+    """Of the number that `training/bad_step.py` adds up over the shards, in the dtype of their gradients."""
+    return max((p.element_size() for unit in units for p in unit.parameters if p.requires_grad), default=0)
 
 
 def _gathers(unit: ShardedUnit, micro_batches: int) -> int:
     """How often a step gathers a unit's weights.
 
-    Of k micro-batches, all but the last go forward twice. A block is gathered for each forward and each backward; a
-    tower that learns stays gathered until it has gone backward.
+    Of k micro-batches, all but the last go forward twice, but for a tower of which nothing learns. A block is gathered
+    for each forward and each backward; a tower that learns stays gathered until it has gone backward.
     """
-    forwards = 2 * micro_batches - 1
+    forwards = micro_batches if unit.encoded_once else 2 * micro_batches - 1
     if not unit.learns:
         return forwards
     return micro_batches if unit.is_tower else forwards + micro_batches

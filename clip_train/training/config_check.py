@@ -138,8 +138,15 @@ _LOSS_CHOICES = (
 )
 
 
-def check_config(cfg: DictConfig, world: World) -> None:
-    """Raises ConfigError for a value that is missing, of the wrong kind, out of range, or contradicts the world."""
+def check_config(cfg: DictConfig, world: World, runs_here: bool = True) -> None:
+    """Look at all values.
+
+    Args:
+        runs_here: also look for what the config needs of this machine; false for a run that is only planned.
+
+    Raises:
+        ConfigError: a value is missing, of the wrong kind, out of range, or contradicts the world.
+    """
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
         raise ConfigError(f"{missing[0]} has no value: give {missing[0]}=...")
@@ -175,8 +182,8 @@ def check_config(cfg: DictConfig, world: World) -> None:
     _check_float8(cfg)
     _check_fsdp(cfg)
     _check_compile(cfg, world)
-    if cfg.optim.get("state") == "8bit":  # torchao's step is compiled
-        check_compiler("optim.state=8bit", "give optim.state=bf16")
+    if runs_here:
+        _check_compiler(cfg)
     if rest := cfg.batch_size % world.size:
         below, above = cfg.batch_size - rest, cfg.batch_size - rest + world.size
         nearest = f"{below} or {above}" if below else str(above)
@@ -219,11 +226,15 @@ def _check_fsdp(cfg: DictConfig) -> None:
 
 def _check_compile(cfg: DictConfig, world: World) -> None:
     mode = compile_mode(cfg.trainer.get("compile", False))
-    if mode is None:
-        return
     if mode in CUDA_GRAPHS:
         _check_graphs(cfg, world, mode)
-    check_compiler(f"trainer.compile={cfg.trainer.compile}", "give trainer.compile=false")
+
+
+def _check_compiler(cfg: DictConfig) -> None:
+    if cfg.trainer.get("compile", False):
+        check_compiler(f"trainer.compile={cfg.trainer.compile}", "give trainer.compile=false")
+    if cfg.optim.get("state") == "8bit":  # torchao's step is compiled
+        check_compiler("optim.state=8bit", "give optim.state=bf16")
 
 
 def _check_graphs(cfg: DictConfig, world: World, mode: str) -> None:

@@ -16,7 +16,7 @@ def encoding_once(model: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
 
     Inputs are told apart by where they lie in memory, as the micro-batches of one batch are.
     """
-    towers, known = _frozen_towers(model), {}
+    towers, known = frozen_towers(model), {}
 
     def encode(*inputs: Tensor) -> tuple[Tensor, ...]:
         with _answered(towers, known.setdefault(inputs[0].data_ptr(), {})):
@@ -25,7 +25,7 @@ def encoding_once(model: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
     return encode if towers else model
 
 
-def _frozen_towers(model: nn.Module) -> list[nn.Module]:
+def frozen_towers(model: nn.Module) -> list[nn.Module]:
     """Those without a weight that learns, or a part that is in training mode and might draw random numbers.
 
     Not a tower into which something that learns is put from outside: a model's `closed_towers` are the others.

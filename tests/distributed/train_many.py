@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import open_dict
+from omegaconf import DictConfig, open_dict
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,6 +22,7 @@ from tests.cli.runs import TINY
 from tests.cli.warm_start import run_module
 
 COUNTED = 8  # counting is slow
+FIXED = ("experiment=demo", *TINY, "max_epochs=null", "model.text.width=32", "data.val.shards=null")
 
 
 def train_on(ranks: int, folder: Path, *runs: str) -> None:
@@ -33,23 +34,21 @@ def train_on(ranks: int, folder: Path, *runs: str) -> None:
 def main(output_dir: str, *runs: str) -> None:
     for run in runs:
         name, *overrides = run.split()
-        fixed = [
-            "experiment=demo",
-            *TINY,
-            "max_epochs=null",
-            "model.text.width=32",
-            "data.val.shards=null",
-            f"output_dir={output_dir}",
-        ]
-        with initialize_config_dir(config_dir(), version_base="1.3"):
-            cfg = compose("train", [*fixed, f"run_name={name}", *overrides], return_hydra_config=True)
-        HydraConfig.instance().set_config(cfg)
-        with open_dict(cfg):
-            del cfg["hydra"]
+        cfg = compose_run("train", f"output_dir={output_dir}", f"run_name={name}", *overrides)
         counts = count_gradient_exchanges()
         train(cfg, Console(quiet=True))
         Path(output_dir, name, "exchanges.json").write_text(json.dumps(counts))
         Path(output_dir, name, "static_graph.json").write_text(json.dumps(counts.of_static_graphs))
+
+
+def compose_run(program: str, *overrides: str) -> DictConfig:
+    """The config of such a run, as `train` or `plan` would compose it."""
+    with initialize_config_dir(config_dir(), version_base="1.3"):
+        cfg = compose(program, [*FIXED, *overrides], return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
 
 
 class CountCollectives(TorchDispatchMode):

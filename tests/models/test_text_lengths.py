@@ -1,9 +1,11 @@
 """Texts encoded in groups of similar length: what the padded forward gives, and every parameter's gradient."""
 
+import logging
 from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from clip_train.errors import ConfigError
@@ -13,6 +15,8 @@ from clip_train.models.siglip_text import SiglipTextTower
 from clip_train.models.text_config import TextConfig
 from clip_train.models.text_lengths import TokenIds
 from clip_train.models.text_tower import TextTower
+from clip_train.training.parts import make_model
+from tests.models.configs import load_config
 
 LENGTHS = (3, 17, 9, 4, 8, 20, 2, 16)
 GROUPS = [(1, 8), (1, 12), (1, 16), (2, 20), (3, 4)]  # texts, tokens
@@ -119,6 +123,20 @@ def test_encoders_that_heed_their_padding_get_it():
     fnet = HFTextTower("fnet", CONTEXT, 24, options={**SMALL, "vocab_size": 100, "pad_token_id": 3}, length_multiple=4)
     assert fnet.length_multiple is None
     assert tower("mean").length_multiple == 4
+
+
+@pytest.mark.parametrize(("name", "said"), [("fnet", 1), ("bert", 0)])
+def test_a_multiple_that_a_tower_cannot_heed_is_said(name, said, caplog):
+    options = {**SMALL, "vocab_size": 100, "pad_token_id": 3}
+    text = load_config("vit_tiny")["text"] | {"name": name, "options": options, "context_length": CONTEXT}
+    with caplog.at_level(logging.INFO):
+        make_model(OmegaConf.create({"model": load_config("vit_tiny") | {"text": text}}))
+    assert caplog.text.count("model.text.length_multiple=8 says nothing") == said
+
+
+@pytest.mark.parametrize("name", ["vit_b_16_siglip2", "coca_vit_b_32"])
+def test_the_configs_of_towers_that_read_after_the_padding_name_no_multiple(name):
+    assert load_config(name)["text"]["length_multiple"] is None
 
 
 def test_a_text_without_an_end_is_taken_whole():

@@ -9,15 +9,17 @@ import torch
 from clip_train.errors import ConfigError
 from clip_train.planning.hardware import TABLE, Hardware, find_hardware, measure_hardware, write_hardware
 from clip_train.planning.job import Job
+from clip_train.planning.states import beside_towers, sharded_units
 from clip_train.planning.timing import Assumptions, time_step
-from clip_train.planning.towers import Flops
-from clip_train.planning.traffic import Traffic
+from clip_train.planning.towers import Flops, PlannedModel
+from clip_train.planning.traffic import Traffic, plan_traffic
+from tests.planning import steps
 
 DEVICE = Hardware("one", memory=1e9, bf16=1e12, fp32=1e11, link=1e10, network=1e9)
 ASSUMED = Assumptions(efficiency=0.5, link_efficiency=0.5, overlap=0.5)
 FLOPS = Flops({"vision": 1e9, "text": 1e9}, training=6e9)
 ALONE = Job(1000, 1, 1, None, "ddp", "contrastive", "gather", 4, 100)
-SILENT = Traffic(0.0, 0.0, 0.0, 0.0)
+SILENT = Traffic(0.0, 0.0, 0.0, 0.0, 0.0)
 BOTH = ("vision", "text")
 
 
@@ -50,6 +52,45 @@ def test_gradients_hide_behind_half_of_backward():
         replace(job, devices=4, num_nodes=2), FLOPS, BOTH, replace(SILENT, features=1e9), DEVICE, "32", ASSUMED
     )
     assert between.loss_exchange == pytest.approx(1e9 / 0.5e9, rel=0.01)
+
+
+def test_float8_is_a_rate_of_its_own_for_its_layers_in_what_learns():
+    flops = Flops({"vision": 1e9, "text": 1e9}, training=4e9, float8=0.5e9)  # vision is locked
+    fast = replace(DEVICE, float8=2e12)
+    step = time_step(ALONE, flops, ("text",), SILENT, fast, "bf16-mixed", ASSUMED)
+    assert step.towers == pytest.approx(1000 * (2.5e9 / 0.5e12 + 1.5e9 / 1e12))  # half of text's 3e9
+    plain = time_step(ALONE, flops, ("text",), SILENT, DEVICE, "bf16-mixed", ASSUMED)
+    assert plain.towers == pytest.approx(1000 * 4e9 / 0.5e12)
+    assert plain.flops == step.flops
+
+
+def test_shards_come_from_the_host_for_each_gathering_and_gradients_go_there_once():
+    model = PlannedModel(steps.VIT).model
+    job = Job(16, 1, 1, None, "fsdp", "contrastive", "gather", 4, 64, offload=True)
+    traffic = plan_traffic(job, 0.0, sharded_units(model, "bf16-mixed"), beside_towers(model))
+    every = sum(p.nbytes for name, p in model.named_parameters() if name != "logit_scale")
+    blocks = sum(p.nbytes for name, p in model.named_parameters() if "blocks." in name or "layers." in name)
+    assert blocks > 0.8 * every
+    # A tower's own weights stay from forward to backward, a block's come for both.
+    assert traffic.host == 2 * blocks + (every - blocks) + every
+    halves = plan_traffic(replace(job, devices=2), 0.0, sharded_units(model), [])
+    assert halves.host == pytest.approx(traffic.host / 2, rel=0.01)  # and padding
+    assert plan_traffic(replace(job, offload=False), 0.0, sharded_units(model), []).host == 0
+    there, here = (
+        time_step(job, FLOPS, BOTH, traffic, replace(DEVICE, device=device, host=1e9), "32", ASSUMED)
+        for device in ("cuda", "cpu")
+    )
+    assert there.host == pytest.approx(traffic.host / 1e9)
+    assert there.total - here.total == pytest.approx(there.host)
+
+
+def test_files_of_before_there_were_float8_and_the_host_are_read(tmp_path):
+    old = {"memory": 1e9, "bf16": 1e12, "fp32": 1e11, "link": 1e10, "network": 1e9}
+    for name, device in (("NVIDIA H100 80GB HBM3", "cuda"), ("this processor, 2 thread(s)", "cpu")):
+        (tmp_path / "old.json").write_text(json.dumps({"name": name, **old}))
+        found = find_hardware(str(tmp_path / "old.json"))
+        assert (found.name, found.device, found.float8, found.host) == (name, device, None, 32e9)
+        assert {key: getattr(found, key) for key in old} == old
 
 
 def test_hardware_is_of_the_table_or_of_a_file(tmp_path):

@@ -5,8 +5,10 @@ from functools import cache
 import pytest
 
 from clip_train.errors import ConfigError
+from clip_train.models.float8 import float8_layers
 from clip_train.planning.towers import Flops, PlannedModel
 from tests.models.configs import load_config
+from tests.models.test_dual_encoder import TINY
 
 # Billions per sample, image and text, as in open_clip's docs/model_profile.csv (multiplications and additions).
 PUBLISHED = {
@@ -71,6 +73,15 @@ def test_a_locked_tower_has_no_backward():
         load_config("vit_b_32"), {"method": "lit", "lock": "image", "unlocked_groups": 0, "freeze_bn_stats": True}
     ).count_flops()
     assert locked.training == pytest.approx(locked.forward["vision"] + 3 * locked.forward["text"], rel=0.02)
+
+
+def test_float8_is_the_linear_layers_of_blocks():
+    planned = PlannedModel(TINY)
+    flops = planned.count_flops(float8=float8_layers(planned.model))
+    layers, width = 2, 64
+    assert flops.float8 == pytest.approx(layers * 24 * width**2 * (5 + 16))  # tokens of a picture and of a text
+    locked = PlannedModel(TINY, {"method": "lit", "lock": "image", "unlocked_groups": 0, "freeze_bn_stats": True})
+    assert locked.count_flops(float8=float8_layers(locked.model)).float8 == pytest.approx(layers * 24 * width**2 * 16)
 
 
 def test_a_method_that_needs_classes_is_refused():
