@@ -22,8 +22,8 @@ from pathlib import Path
 
 from clip_train.checkpoints.folder import list_checkpoints, verify
 from clip_train.data.files import write_atomic
-from clip_train.training.csv_logger import read_metrics
-from clip_train.training.sample_log import read_sample_log
+from clip_train.training.callbacks.sample_log import read_sample_log
+from clip_train.training.loggers.csv_logger import read_metrics
 
 MODEL = (
     "model=vit_tiny",

@@ -15,10 +15,10 @@ from clip_train.data.augmentation import Augmentation
 from clip_train.data.captions import UnusableCaption, drop_words
 from clip_train.data.decoding import MAX_IMAGE_PIXELS, EncodedImage, Pixels, UnusableImage
 from clip_train.data.keyed_random import AUGMENTATION, CAPTION_CHOICE, LONG_CAPTION, WORD_DROPOUT, keyed_uniforms
+from clip_train.data.loader_stages import StageClock
 from clip_train.data.mixture import Mixture
 from clip_train.data.order import SampleOrder
 from clip_train.data.pairs import PairReader, UnusableSample
-from clip_train.data.stages import StageClock
 from clip_train.data.staging import Stager
 from clip_train.data.tokenizer_choice import CaptionTokenizer
 from clip_train.errors import DataError, UnreachableError

@@ -23,7 +23,7 @@ CUDA_GRAPHS = tuple(WITHOUT_GRAPHS)
 # Compilations of one piece of code. torch's 8 are fewer than a convolutional network has widths, or a tower rates of
 # stochastic depth, each with gradients, without and in evaluation; what is over would run uncompiled.
 _MOST_VARIANTS = 256
-# They warn of a missing CUDA toolkit, which no processor needs, and of selective checkpoints (models/checkpointing.py).
+# They warn of a missing CUDA toolkit, which no processor needs, and of selective activation checkpoints.
 _NOISY = ("torch.utils.cpp_extension", "torch._dynamo.variables.higher_order_ops")
 
 

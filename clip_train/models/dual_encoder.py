@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from clip_train.data.tokenizer import VOCAB_SIZE
 from clip_train.errors import ConfigError
-from clip_train.models.checkpointing import NONE, checkpoint_blocks, checkpointing_mode
+from clip_train.models.activation_checkpointing import NONE, checkpoint_blocks, checkpointing_mode
 from clip_train.models.hf_text import HFTextTower
 from clip_train.models.siglip_text import SiglipTextTower
 from clip_train.models.text_config import CLIP, SIGLIP, TextConfig

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from clip_train.data.class_names import ClassNames
 from clip_train.data.tokenizer_choice import CaptionTokenizer
 from clip_train.errors import ConfigError
-from clip_train.models.checkpointing import is_checkpointed
+from clip_train.models.activation_checkpointing import is_checkpointed
 from clip_train.models.dual_encoder import DualEncoder
 from clip_train.models.linear_probe import losses_and_hits
 from clip_train.models.text_tower import TextTower

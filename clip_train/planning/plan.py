@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from clip_train.errors import ConfigError
-from clip_train.models.checkpointing import MODES, NONE, checkpointing_mode
+from clip_train.models.activation_checkpointing import MODES, NONE, checkpointing_mode
 from clip_train.models.float8 import float8_layers
 from clip_train.planning.activations import Activations, measure_activations
 from clip_train.planning.hardware import Hardware, find_hardware
@@ -20,7 +20,7 @@ from clip_train.planning.towers import Flops, PlannedModel
 from clip_train.planning.traffic import Traffic, plan_traffic
 from clip_train.training.cached_gradients import refuse_batch_norm
 from clip_train.training.durations import Clock
-from clip_train.training.optimizer import kind_of
+from clip_train.training.optim.optimizer import kind_of
 from clip_train.training.parts import plain
 
 _MOST_GPUS, _GPUS_PER_NODE = 1024, 8

@@ -12,7 +12,7 @@ from clip_train.models import DualEncoder
 from clip_train.models.layers import product_weights, repeated_blocks
 from clip_train.models.locking import fixed_names
 from clip_train.training.frozen_towers import frozen_towers
-from clip_train.training.optimizer import parameter_groups
+from clip_train.training.optim.optimizer import parameter_groups
 
 _TOWERS = ("vision", "text", "decoder")
 

@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_back
 
 from clip_train.errors import ConfigError
 from clip_train.models import DualEncoder, create_dual_encoder
+from clip_train.models.activation_checkpointing import explained_recomputation
 from clip_train.models.adaptation import adapt, classifies
 from clip_train.models.captioner import Captioner
-from clip_train.models.checkpointing import explained_recomputation
 from clip_train.models.text_lengths import TokenIds
 
 OTHER = "other"

@@ -9,7 +9,7 @@ from clip_train.planning.job import CAPTIONING, SIGMOID, Job
 from clip_train.planning.states import ShardedUnit
 
 _NUMBER, _COUNT = 4, 8  # bytes of a number in fp32 and of an integer
-# Integers that the hosts add up before a step: of training/agreement.py itself, and the votes in training/callbacks.py.
+# Integers that the hosts add up before a step: agreement.py's own, and the votes in build.py (training/callbacks).
 _AGREED = 3 + 4
 
 
@@ -76,7 +76,7 @@ def _host_bytes(job: Job, units: Sequence[ShardedUnit]) -> float:
 
 
 def _norm_bytes(units: Sequence[ShardedUnit]) -> int:
-    """Of the number that `training/bad_step.py` adds up over the shards, in the dtype of their gradients."""
+    """Of the number that `training/optim/bad_step.py` adds up over the shards, in the dtype of their gradients."""
     return max((p.element_size() for unit in units for p in unit.parameters if p.requires_grad), default=0)
 
 

@@ -14,7 +14,7 @@ from clip_train.checkpoints.folder import InvalidCheckpointError, list_checkpoin
 from clip_train.data.files import write_atomic
 from clip_train.errors import DataError
 from clip_train.report.curves import draw_curves
-from clip_train.training.csv_logger import read_metrics
+from clip_train.training.loggers.csv_logger import read_metrics
 from clip_train.training.run_folder import RunFolder
 
 _LARGEST_PICTURE = 8 << 20

@@ -1,1 +1,1 @@
-"""The LightningModule, the optimizer and schedule, the run folder and the callbacks of a training run."""
+"""A training run: from config to summary (`run.py`), the LightningModule (`module.py`), and the run folder."""

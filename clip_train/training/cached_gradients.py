@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from clip_train.errors import ConfigError
-from clip_train.training.bad_step import telling_seed
+from clip_train.training.optim.bad_step import telling_seed
 
 Encode = Callable[..., tuple[Tensor, ...]]
 

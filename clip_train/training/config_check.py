@@ -8,13 +8,13 @@ from omegaconf import DictConfig, OmegaConf
 from clip_train.data.preprocessing import INTERPOLATIONS, RESIZE_MODES
 from clip_train.data.tokenizer import LONG_CAPTIONS
 from clip_train.errors import ConfigError
+from clip_train.models.activation_checkpointing import NONE, checkpointing_mode
 from clip_train.models.adaptation import classifies
-from clip_train.models.checkpointing import NONE, checkpointing_mode
 from clip_train.models.compiling import CUDA_GRAPHS, WITHOUT_GRAPHS, check_compiler, compile_mode
 from clip_train.models.dual_encoder import INITIAL_LOGIT_SCALE
 from clip_train.training.launch import World
-from clip_train.training.optimizer import ADAMW_STATES, OPTIMIZERS, TOWERS
-from clip_train.training.schedule import COOLDOWN_SHAPES, SHAPES
+from clip_train.training.optim.optimizer import ADAMW_STATES, OPTIMIZERS, TOWERS
+from clip_train.training.optim.schedule import COOLDOWN_SHAPES, SHAPES
 
 # Key, type, least value.
 _NUMBERS: tuple[tuple[str, type, float], ...] = (

@@ -16,20 +16,28 @@ from clip_train.data.batches import Batch
 from clip_train.data.keyed_random import MODEL_NOISE, keyed_bits
 from clip_train.distributed import around_exchanges
 from clip_train.models import DualEncoder
-from clip_train.models.checkpointing import explained_recomputation
+from clip_train.models.activation_checkpointing import explained_recomputation
 from clip_train.models.cpu_attention import fast_attention
 from clip_train.models.locking import fixed_names
 from clip_train.models.text_lengths import with_lengths
-from clip_train.training.bad_step import clip_or_skip, restore_unless, running_statistics, telling_seed
 from clip_train.training.cached_gradients import cached_backward, refuse_batch_norm
 from clip_train.training.copied_ahead import SentBatch
 from clip_train.training.distillation import Teacher
 from clip_train.training.durations import Clock
 from clip_train.training.frozen_towers import encoding_once
+from clip_train.training.instruments.step_times import (
+    BACKWARD,
+    COMMUNICATION,
+    FORWARD,
+    LOSS,
+    OPTIMIZER,
+    StepTimes,
+    when_computed,
+)
 from clip_train.training.memory import explained_out_of_memory
-from clip_train.training.optimizer import build_optimizer, set_rates, with_settings_of
-from clip_train.training.schedule import COSINE, make_schedule
-from clip_train.training.step_times import BACKWARD, COMMUNICATION, FORWARD, LOSS, OPTIMIZER, StepTimes, when_computed
+from clip_train.training.optim.bad_step import clip_or_skip, restore_unless, running_statistics, telling_seed
+from clip_train.training.optim.optimizer import build_optimizer, set_rates, with_settings_of
+from clip_train.training.optim.schedule import COSINE, make_schedule
 
 Loss = Callable[..., Tensor]
 

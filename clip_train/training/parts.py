@@ -24,14 +24,14 @@ from clip_train.models.compiling import compile_blocks, compile_mode
 from clip_train.models.dual_encoder import AnyTextTower
 from clip_train.models.float8 import check_float8, use_float8
 from clip_train.models.text_config import TextConfig
-from clip_train.training.checkpointing import FolderCheckpointIO
+from clip_train.training.callbacks.checkpointing import FolderCheckpointIO
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.distillation import Teacher, open_teacher
 from clip_train.training.durations import Clock
 from clip_train.training.launch import World
+from clip_train.training.loggers.run_logger import RunLogger
 from clip_train.training.module import ClipModule
 from clip_train.training.run_folder import RunFolder
-from clip_train.training.run_logger import RunLogger
 from clip_train.training.signals import keep_handlers
 from clip_train.training.strategy import make_strategy
 

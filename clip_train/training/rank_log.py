@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clip_train.errors import ClipTrainError
-from clip_train.training.patient_writer import PatientWriter, append_whole
+from clip_train.training.loggers.patient_writer import PatientWriter, append_whole
 
 # The root, and those that have handlers of their own or do not pass their records on to it.
 _LOGGERS = ("", "clip_train", "lightning", "lightning.pytorch", "lightning.fabric", "torch", "transformers")

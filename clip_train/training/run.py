@@ -13,8 +13,8 @@ from rich.console import Console
 from clip_train.checkpoints.mirror import Mirror
 from clip_train.data.loader import keep_workers, let_workers_end
 from clip_train.processes import die_with_parent
-from clip_train.training.callbacks import RunCallbacks, RunPlan, make_callbacks
-from clip_train.training.checkpointing import finish_copies
+from clip_train.training.callbacks.build import RunCallbacks, RunPlan, make_callbacks
+from clip_train.training.callbacks.checkpointing import finish_copies
 from clip_train.training.config_check import check_config
 from clip_train.training.durations import RUN_LENGTH_KEYS, Clock
 from clip_train.training.finetuning import load_base, prepare

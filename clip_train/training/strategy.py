@@ -6,10 +6,10 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from clip_train.models import DualEncoder
+from clip_train.training.callbacks.watchdog import group_timeout
 from clip_train.training.durations import seconds_of
 from clip_train.training.fsdp import ShardedStrategy
 from clip_train.training.launch import World
-from clip_train.training.watchdog import group_timeout
 
 
 def make_strategy(cfg: DictConfig, world: World, model: DualEncoder) -> DDPStrategy | str:

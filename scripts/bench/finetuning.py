@@ -23,7 +23,7 @@ from photo_sets import first_of_each, samples, write_shard
 from record import markdown_table
 
 from clip_train.data.files import write_atomic
-from clip_train.training.csv_logger import read_metrics
+from clip_train.training.loggers.csv_logger import read_metrics
 
 MODEL = [
     "model=vit_tiny",

@@ -8,7 +8,7 @@ from loader_contenders import LOADERS, TOKENIZERS
 from loader_shards import PictureSet
 from record import markdown_table
 
-from clip_train.data.stages import STAGES
+from clip_train.data.loader_stages import STAGES
 
 Sample = Mapping[str, float]
 

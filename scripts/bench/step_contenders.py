@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder
-from clip_train.models.checkpointing import NONE
+from clip_train.models.activation_checkpointing import NONE
 from clip_train.models.compiling import compile_blocks
 from clip_train.models.cpu_attention import fast_attention
 from clip_train.models.float8 import use_float8
 from clip_train.models.text_lengths import with_lengths
 from clip_train.training.cached_gradients import cached_backward
-from clip_train.training.optimizer import build_optimizer
+from clip_train.training.optim.optimizer import build_optimizer
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
 _ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.2, "betas": (0.9, 0.98), "eps": 1e-6}

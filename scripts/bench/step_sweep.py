@@ -24,7 +24,7 @@ from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from clip_train.data.tokenizer import ClipTokenizer
 from clip_train.planning.hardware import Hardware, measure_hardware
-from clip_train.training.utilisation import count_pair_flops
+from clip_train.training.instruments.utilisation import count_pair_flops
 
 _OURS, _CACHED, _THEIRS = "ours, whole batch", "ours, cached", "open_clip, whole batch"
 SETTINGS: dict[str, tuple[str, Mapping[str, Any]]] = {

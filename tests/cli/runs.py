@@ -5,7 +5,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from clip_train.training.csv_logger import read_metrics
+from clip_train.training.loggers.csv_logger import read_metrics
 from tests.cli.warm_start import WarmProcess, run_module
 
 TINY = [

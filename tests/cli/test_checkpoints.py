@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from clip_train.checkpoints.folder import InvalidCheckpointError, list_checkpoints, read_weights, samples_of, verify
-from clip_train.training.csv_logger import read_metrics
+from clip_train.training.loggers.csv_logger import read_metrics
 from tests.checkpoints.test_folder import flip
 from tests.cli.runs import TINY, clip_train, start_clip_train
 from tests.cli.warm_start import run_module

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clip_train.training.csv_logger import read_metrics
-from clip_train.training.sample_log import read_sample_log
+from clip_train.training.callbacks.sample_log import read_sample_log
+from clip_train.training.loggers.csv_logger import read_metrics
 from tests.cli.runs import TINY, clip_train, start_clip_train, train_tiny
 from tests.cli.warm_start import start_ranks
 from tests.data.failing_server import Fault, failing_server

@@ -14,9 +14,9 @@ from clip_train.models.adaptation import adapt
 from clip_train.training.config_check import check_config
 from clip_train.training.durations import RUN_LENGTH_KEYS, Clock
 from clip_train.training.launch import World
-from clip_train.training.optimizer import build_optimizer
+from clip_train.training.optim.optimizer import build_optimizer
+from clip_train.training.optim.schedule import make_schedule
 from clip_train.training.parts import make_loss, make_model, plain
-from clip_train.training.schedule import make_schedule
 from tests.cli.runs import TINY, clip_train
 
 FOLDER = Path(config_dir()) / "experiment"

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from clip_train.checkpoints.folder import checkpoint_name, read_checkpoint, read_weights
-from clip_train.training.csv_logger import read_metrics
-from clip_train.training.sample_log import read_sample_log
+from clip_train.training.callbacks.sample_log import read_sample_log
+from clip_train.training.loggers.csv_logger import read_metrics
 from tests.cli.runs import TINY, clip_train, group_is_gone, start_clip_train
 from tests.cli.warm_start import WarmProcess
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from clip_train.checkpoints.folder import read_weights
-from clip_train.training.csv_logger import read_metrics
+from clip_train.training.loggers.csv_logger import read_metrics
 from tests.cli.runs import TINY, clip_train, train_tiny
 from tests.cli.test_evaluate import unpacked
 from tests.labelled import CLASSES, make_labelled

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clip_train.checkpoints.folder import list_checkpoints, read_checkpoint, read_ema_weights, read_weights, verify
-from clip_train.training.csv_logger import read_metrics
+from clip_train.training.loggers.csv_logger import read_metrics
 from tests.cli.runs import TINY, clip_train
 
 COMMON = [*TINY, "data.num_workers=0", "trainer.log_every=1", "optim.warmup=0", "checkpoint.every=2"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from clip_train.training.csv_logger import read_metrics
+from clip_train.training.loggers.csv_logger import read_metrics
 from tests.cli.runs import TINY, clip_train, start_clip_train
 from tests.cli.warm_start import run_module
 

@@ -18,8 +18,8 @@ from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_com
 from clip_train.sweeps.objective import Objective
 from clip_train.sweeps.study import StudySettings, StudyTrials
 from clip_train.sweeps.trial import TrialFile
-from clip_train.training.csv_logger import read_metrics
-from clip_train.training.wandb_files import read_records
+from clip_train.training.loggers.csv_logger import read_metrics
+from clip_train.training.loggers.wandb_files import read_records
 from tests.cli.runs import TINY, clip_train, start_clip_train
 from tests.cli.warm_start import WarmProcess
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from clip_train.training.sample_log import read_sample_log
+from clip_train.training.callbacks.sample_log import read_sample_log
 from tests.cli.runs import TINY, clip_train
 from tests.cli.test_train import wait_for_rows
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from clip_train.checkpoints.folder import read_weights, verify
 from clip_train.commands.program import config_dir
 from clip_train.commands.train import main
-from clip_train.training.csv_logger import read_metrics
+from clip_train.training.loggers.csv_logger import read_metrics
 from tests.cli.embeddings import call
 from tests.cli.runs import TINY, clip_train, start_clip_train, train_tiny
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from clip_train.training.csv_logger import read_metrics
+from clip_train.training.loggers.csv_logger import read_metrics
+from clip_train.training.loggers.wandb_files import read_records, wandb_files
 from clip_train.training.run_folder import RunFolder
-from clip_train.training.wandb_files import read_records, wandb_files
 from tests.cli.runs import TINY, clip_train, start_clip_train
 from tests.cli.warm_start import WarmProcess
 

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clip_train.distributed import group_rank
-from clip_train.training.bad_step import clip_or_skip, telling_seed
+from clip_train.training.optim.bad_step import clip_or_skip, telling_seed
 from tests.ranks import pool_group
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from clip_train.checkpoints.folder import list_checkpoints, read_weights
-from clip_train.training.csv_logger import read_metrics
+from clip_train.training.loggers.csv_logger import read_metrics
 from tests.distributed.train_many import train_on
 from tests.labelled import make_labelled
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from clip_train.checkpoints.folder import list_checkpoints, read_weights, verify
 from clip_train.interop.single_file import export_single_file
-from clip_train.training.csv_logger import read_metrics
+from clip_train.training.loggers.csv_logger import read_metrics
 from tests.distributed.train_many import train_on
 
 BATCH, STEPS, HALF = 48, 6, 3

@@ -10,9 +10,9 @@ from torch.distributed.tensor import DTensor
 
 from clip_train.checkpoints.folder import list_checkpoints, read_ema_weights, read_weights, verify
 from clip_train.models import create_dual_encoder
-from clip_train.training.bad_step import clip_or_skip
 from clip_train.training.fsdp import shard_towers
-from clip_train.training.optimizer import OPTIMIZERS, build_optimizer, set_rates
+from clip_train.training.optim.bad_step import clip_or_skip
+from clip_train.training.optim.optimizer import OPTIMIZERS, build_optimizer, set_rates
 from tests.distributed.test_fsdp import metric
 from tests.distributed.train_many import train_on
 from tests.models.test_dual_encoder import TINY, random_batch

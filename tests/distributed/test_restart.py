@@ -2,7 +2,7 @@
 
 import os
 
-from clip_train.training.csv_logger import read_metrics
+from clip_train.training.loggers.csv_logger import read_metrics
 from tests.cli.warm_start import run_module
 
 

@@ -6,10 +6,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from clip_train.planning.hardware import Hardware, write_hardware
-from clip_train.training.csv_logger import read_metrics
-from clip_train.training.limits import limit_of
-from clip_train.training.step_times import COMMUNICATION, PARTS
-from clip_train.training.utilisation import count_pair_flops
+from clip_train.training.instruments.limits import limit_of
+from clip_train.training.instruments.step_times import COMMUNICATION, PARTS
+from clip_train.training.instruments.utilisation import count_pair_flops
+from clip_train.training.loggers.csv_logger import read_metrics
 from tests.distributed.train_many import train_on
 
 SLEEP = 0.2

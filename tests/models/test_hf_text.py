@@ -8,7 +8,7 @@ from open_clip.hf_model import HFTextEncoder
 from transformers import AutoModel, BertConfig, BertModel, RobertaConfig, T5Config
 
 from clip_train.errors import ConfigError
-from clip_train.models.checkpointing import MODES, NONE, checkpoint_blocks
+from clip_train.models.activation_checkpointing import MODES, NONE, checkpoint_blocks
 from clip_train.models.hf_text import HFTextTower, pool_states
 
 SMALL: dict[str, Any] = {

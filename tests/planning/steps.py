@@ -11,10 +11,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from clip_train.distributed import group_size
 from clip_train.losses import contrastive_loss
 from clip_train.models import DualEncoder, create_dual_encoder
-from clip_train.models.checkpointing import NONE
+from clip_train.models.activation_checkpointing import NONE
 from clip_train.training.cached_gradients import cached_backward
 from clip_train.training.fsdp import average_gradients, shard_towers
-from clip_train.training.optimizer import build_optimizer
+from clip_train.training.optim.optimizer import build_optimizer
 from scripts.bench.measure import PeakMemory
 from tests.cli.warm_start import context
 

@@ -9,13 +9,13 @@ import yaml
 
 from clip_train.commands.program import config_dir
 from clip_train.models import create_dual_encoder
-from clip_train.models.checkpointing import MODES
+from clip_train.models.activation_checkpointing import MODES
 from clip_train.planning.activations import measure_activations, measure_footprint
 from clip_train.planning.job import Job
 from clip_train.planning.memory import largest_micro_batch, loss_bytes, plan_memory
 from clip_train.planning.states import States, count_states, sharded_units
 from clip_train.planning.towers import PlannedModel
-from clip_train.training.optimizer import ADAMW_STATES, OPTIMIZERS, build_optimizer
+from clip_train.training.optim.optimizer import ADAMW_STATES, OPTIMIZERS, build_optimizer
 from tests.models.configs import load_config
 from tests.planning import steps
 

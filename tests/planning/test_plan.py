@@ -9,7 +9,7 @@ import pytest
 from torch._inductor.exc import InvalidCxxCompiler
 
 from clip_train.commands import plan
-from clip_train.models.checkpointing import BLOCKS, NONE
+from clip_train.models.activation_checkpointing import BLOCKS, NONE
 from clip_train.planning.plan import _can
 from tests.cli.embeddings import call
 from tests.cli.runs import TINY

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from clip_train.training.sample_log import read_sample_log
+from clip_train.training.callbacks.sample_log import read_sample_log
 from tests.cli.runs import TINY
 
 ROOT = Path(__file__).parents[2]

@@ -6,9 +6,9 @@ import torch
 
 from clip_train.data.batches import failed
 from clip_train.errors import DataError, FaultError
-from clip_train.training.agreement import RankAgreement
-from clip_train.training.bad_samples import BadSamples
-from clip_train.training.step_times import StepTimes
+from clip_train.training.callbacks.agreement import RankAgreement
+from clip_train.training.callbacks.bad_samples import BadSamples
+from clip_train.training.instruments.step_times import StepTimes
 
 
 @pytest.mark.parametrize(

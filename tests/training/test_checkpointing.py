@@ -15,8 +15,8 @@ from clip_train.checkpoints.mirror import Mirror
 from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.distributed import group_rank, group_size
-from clip_train.training import checkpointing as checkpointing_module
-from clip_train.training.checkpointing import Checkpointing
+from clip_train.training.callbacks import checkpointing as checkpointing_module
+from clip_train.training.callbacks.checkpointing import Checkpointing
 from tests.checkpoints.states import make_state
 from tests.checkpoints.test_folder import save
 from tests.ranks import run_on_ranks

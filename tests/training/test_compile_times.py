@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from clip_train.models.compiling import compile_blocks
-from clip_train.training.compile_times import CompileTimes
+from clip_train.training.instruments.compile_times import CompileTimes
 from clip_train.training.module import ClipModule
 from tests.models.test_compiling import fresh as fresh
 from tests.training.test_module import train

@@ -1,4 +1,4 @@
-from clip_train.training.csv_logger import CsvLogger, read_metrics
+from clip_train.training.loggers.csv_logger import CsvLogger, read_metrics
 from tests.training.full_disk import room_for
 
 

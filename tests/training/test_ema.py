@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from clip_train.checkpoints.folder import InvalidCheckpointError, read_checkpoint, read_ema_weights, read_weights
-from clip_train.training.ema import WeightAverage
+from clip_train.training.optim.ema import WeightAverage
 from tests.checkpoints.states import assert_equal, make_state
 from tests.checkpoints.test_folder import save
 

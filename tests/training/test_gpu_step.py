@@ -17,9 +17,9 @@ from clip_train.errors import ConfigError
 from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder, text_lengths
 from clip_train.models.float8 import check_float8, use_float8
-from clip_train.training.bad_step import clip_or_skip, telling_seed
 from clip_train.training.copied_ahead import CopiedAhead
 from clip_train.training.fsdp import shard_towers
+from clip_train.training.optim.bad_step import clip_or_skip, telling_seed
 from tests.models.test_dual_encoder import TINY, random_batch
 from tests.ranks import run_on_ranks
 from tests.training import test_module

@@ -9,11 +9,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clip_train.errors import DivergedError
-from clip_train.training import bad_step
-from clip_train.training.bad_step import clip_or_skip, restore_unless, running_statistics, telling_seed
-from clip_train.training.guard import Guard, StepRecord
-from clip_train.training.guard_report import write_report
-from clip_train.training.health import Health
+from clip_train.training.callbacks.guard import Guard, StepRecord
+from clip_train.training.callbacks.guard_report import write_report
+from clip_train.training.callbacks.health import Health
+from clip_train.training.optim import bad_step
+from clip_train.training.optim.bad_step import clip_or_skip, restore_unless, running_statistics, telling_seed
 from clip_train.training.rollback import RollBack, note_rollback, noted_rollback
 from tests.data.test_batches import train_batches
 

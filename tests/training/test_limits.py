@@ -2,8 +2,8 @@
 
 import pytest
 
-from clip_train.training.limits import LimitLine, Settings, limit_of, remedy
-from clip_train.training.step_times import BACKWARD, COMMUNICATION, DATA, FORWARD, PARTS
+from clip_train.training.instruments.limits import LimitLine, Settings, limit_of, remedy
+from clip_train.training.instruments.step_times import BACKWARD, COMMUNICATION, DATA, FORWARD, PARTS
 
 PLAIN = Settings("bf16-mixed", True, False, False, False, "ddp", "gather")
 

@@ -1,4 +1,4 @@
-from clip_train.training.loader_times import LoaderTimes
+from clip_train.training.instruments.loader_times import LoaderTimes
 
 SECONDS = {"read": 0.1, "decode": 0.6, "augment": 0.2, "tokenize": 0.1}
 

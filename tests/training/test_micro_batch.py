@@ -6,9 +6,9 @@ import torch
 
 from clip_train.errors import OutOfMemoryError
 from clip_train.models import create_dual_encoder
+from clip_train.training.callbacks.micro_batch import _as_large_as_the_state, find_micro_batch_size
 from clip_train.training.memory import _free_in_group, explained_out_of_memory, host_memory_limit
-from clip_train.training.micro_batch import _as_large_as_the_state, find_micro_batch_size
-from clip_train.training.optimizer import build_optimizer
+from clip_train.training.optim.optimizer import build_optimizer
 from tests.models.test_dual_encoder import TINY
 
 

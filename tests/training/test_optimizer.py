@@ -11,7 +11,7 @@ from clip_train.commands.program import config_dir
 from clip_train.errors import ConfigError
 from clip_train.models import create_dual_encoder
 from clip_train.models.layers import hidden_matrices
-from clip_train.training.optimizer import OPTIMIZERS, build_optimizer, set_rates, with_settings_of
+from clip_train.training.optim.optimizer import OPTIMIZERS, build_optimizer, set_rates, with_settings_of
 from tests.checkpoints.states import assert_equal, state_of
 from tests.checkpoints.test_folder import save
 from tests.models.coca import our_coca

@@ -12,8 +12,8 @@ from clip_train.checkpoints.folder import list_checkpoints, read_checkpoint, ver
 from clip_train.errors import ConfigError
 from clip_train.losses import contrastive_loss
 from clip_train.models import create_dual_encoder
-from clip_train.training.bad_step import clip_or_skip
-from clip_train.training.optimizer import ADAMW_STATES, build_optimizer, set_rates, with_settings_of
+from clip_train.training.optim.bad_step import clip_or_skip
+from clip_train.training.optim.optimizer import ADAMW_STATES, build_optimizer, set_rates, with_settings_of
 from clip_train.training.resume import _check_optimizer
 from tests.checkpoints.states import assert_equal, state_of
 from tests.checkpoints.test_folder import save
@@ -175,7 +175,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, monkeypatch):
 
 
 def test_without_torchao(monkeypatch):
-    monkeypatch.delitem(sys.modules, "clip_train.training.adamw_8bit", raising=False)
+    monkeypatch.delitem(sys.modules, "clip_train.training.optim.adamw_8bit", raising=False)
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ConfigError, match=r"needs torchao: pip install '\.\[torchao\]' in the checkout"):
         build_optimizer(make_model(), settings("adamw", state="8bit"), fused=False)

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from clip_train.training.patient_writer import PatientWriter, append_whole
+from clip_train.training.loggers.patient_writer import PatientWriter, append_whole
 from tests.training.full_disk import room_for
 
 

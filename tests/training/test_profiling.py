@@ -4,7 +4,7 @@ import gzip
 import json
 from contextlib import contextmanager
 
-from clip_train.training.profiling import StepProfile
+from clip_train.training.instruments.profiling import StepProfile
 from tests.training.test_module import train
 
 

@@ -1,6 +1,6 @@
 import logging
 
-from clip_train.training.rows import RowsFile, drop_rows_after, read_rows
+from clip_train.training.loggers.rows import RowsFile, drop_rows_after, read_rows
 
 
 def test_rows_of_steps_to_be_taken_again_are_dropped(tmp_path):

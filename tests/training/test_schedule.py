@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from clip_train.commands.program import config_dir
 from clip_train.errors import ConfigError
 from clip_train.training.durations import Clock
-from clip_train.training.schedule import COSINE, SHAPES, Schedule, make_schedule
+from clip_train.training.optim.schedule import COSINE, SHAPES, Schedule, make_schedule
 
 # 10 steps of warm-up, 30 in all.
 BATCH, WARMUP, STEPS = 10, 10, 30

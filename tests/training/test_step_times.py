@@ -11,13 +11,13 @@ import torch
 
 from clip_train.losses import contrastive_loss
 from clip_train.models import DualEncoder
-from clip_train.training import step_times
-from clip_train.training.limits import LimitLine, Settings
-from clip_train.training.loader_times import LoaderTimes
-from clip_train.training.metrics import TrainMetrics
+from clip_train.training.callbacks.metrics import TrainMetrics
+from clip_train.training.instruments import step_times
+from clip_train.training.instruments.limits import LimitLine, Settings
+from clip_train.training.instruments.loader_times import LoaderTimes
+from clip_train.training.instruments.step_times import BACKWARD, DATA, FORWARD, LOSS, OPTIMIZER, PARTS, StepTimes
+from clip_train.training.instruments.utilisation import Utilisation
 from clip_train.training.module import ClipModule
-from clip_train.training.step_times import BACKWARD, DATA, FORWARD, LOSS, OPTIMIZER, PARTS, StepTimes
-from clip_train.training.utilisation import Utilisation
 from tests.training.test_module import BATCH_SIZE, train
 
 SLEEP = 0.2  # beside which all else of a tiny step is little

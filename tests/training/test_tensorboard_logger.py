@@ -3,7 +3,7 @@ import time
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from clip_train.training.tensorboard_logger import TensorboardLogger
+from clip_train.training.loggers.tensorboard_logger import TensorboardLogger
 from tests.training.full_disk import room_for
 
 

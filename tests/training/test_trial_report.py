@@ -5,8 +5,8 @@ import pytest
 
 from clip_train.errors import RunExistsError
 from clip_train.sweeps.trial import Trial, TrialFile
+from clip_train.training.callbacks.trial_report import TrialReport
 from clip_train.training.rollback import RollBack
-from clip_train.training.trial_report import TrialReport
 
 NOTHING: Any = SimpleNamespace()
 

@@ -9,7 +9,7 @@ import torch
 from clip_train.errors import ConfigError
 from clip_train.planning.hardware import TABLE, Hardware, known_gpu, write_hardware
 from clip_train.planning.towers import PlannedModel
-from clip_train.training.utilisation import Utilisation, count_pair_flops
+from clip_train.training.instruments.utilisation import Utilisation, count_pair_flops
 from tests.models.configs import load_config
 from tests.models.test_dual_encoder import TINY
 from tests.training.test_module import BATCH_SIZE, train

@@ -10,7 +10,7 @@ from clip_train.errors import ConfigError
 from clip_train.evaluation.classification_pictures import draw_confusion
 from clip_train.evaluation.features import Features
 from clip_train.evaluation.retrieval import METRICS, retrieval_metrics
-from clip_train.training.validation import Validation, check_best_metric
+from clip_train.training.callbacks.validation import Validation, check_best_metric
 
 
 def test_the_metrics_that_are_said_to_be_there_are():

@@ -1,6 +1,6 @@
 import pytest
 
-from clip_train.training.wandb_files import last_step, read_records
+from clip_train.training.loggers.wandb_files import last_step, read_records
 
 
 @pytest.mark.parametrize("content", [b"", b":W&"])

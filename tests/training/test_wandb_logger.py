@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from clip_train.errors import ConfigError
-from clip_train.training.csv_logger import CsvLogger
+from clip_train.training.loggers.csv_logger import CsvLogger
+from clip_train.training.loggers.wandb_files import last_step, logged_steps, read_records, wandb_files
+from clip_train.training.loggers.wandb_logger import WandbLogger
 from clip_train.training.run_folder import RunFolder
-from clip_train.training.wandb_files import last_step, logged_steps, read_records, wandb_files
-from clip_train.training.wandb_logger import WandbLogger
 from tests.cli.warm_start import run_module
 
 
@@ -61,7 +61,7 @@ def test_checkpoints_as_artifacts(tmp_path):
 
 BEGIN = """
 import logging, os, signal, subprocess, sys
-from clip_train.training.wandb_logger import WandbLogger
+from clip_train.training.loggers.wandb_logger import WandbLogger
 logging.basicConfig()
 logger = WandbLogger(sys.argv[1], project="test")
 logger.resume_after(0, 0)

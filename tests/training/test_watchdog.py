@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from clip_train.heartbeat import beat, last_beat
-from clip_train.training.watchdog import EXIT_STALLED, group_timeout
+from clip_train.training.callbacks.watchdog import EXIT_STALLED, group_timeout
 from tests.cli.runs import TINY, group_is_gone, start_clip_train
 from tests.cli.warm_start import WarmProcess
 

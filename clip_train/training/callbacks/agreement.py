@@ -12,10 +12,10 @@ from lightning.pytorch.callbacks import Callback
 from clip_train.data.batches import Batch
 from clip_train.distributed import gather_objects, group_size, host_group
 from clip_train.errors import DataError, FaultError
-from clip_train.training.bad_samples import BadSamples
+from clip_train.training.callbacks.bad_samples import BadSamples
+from clip_train.training.instruments.step_times import COMMUNICATION
 from clip_train.training.module import ClipModule
 from clip_train.training.signals import stop_requested
-from clip_train.training.step_times import COMMUNICATION
 
 
 @dataclass

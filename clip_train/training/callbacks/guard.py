@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 
 from clip_train.distributed import gather_objects
 from clip_train.errors import DivergedError
-from clip_train.training.health import Health
+from clip_train.training.callbacks.health import Health
 from clip_train.training.module import ClipModule
 from clip_train.training.rollback import RollBack
 

@@ -14,11 +14,11 @@ from wandb.errors import CommError, UsageError
 
 from clip_train.data.files import write_atomic
 from clip_train.errors import ConfigError
-from clip_train.training.csv_logger import read_metrics
+from clip_train.training.loggers.csv_logger import read_metrics
+from clip_train.training.loggers.run_logger import RunLogger
+from clip_train.training.loggers.wandb_files import last_step, waits_for_sync, wandb_files
 from clip_train.training.run_folder import WANDB_RUN_ID, RunFolder, environment
-from clip_train.training.run_logger import RunLogger
 from clip_train.training.signals import stop_requested
-from clip_train.training.wandb_files import last_step, waits_for_sync, wandb_files
 
 log = logging.getLogger(__name__)
 

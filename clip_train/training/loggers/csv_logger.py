@@ -5,9 +5,9 @@ from pathlib import Path
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from clip_train.data.files import write_atomic
-from clip_train.training.patient_writer import PatientWriter, append_whole
-from clip_train.training.rows import csv_text, drop_rows_after, whole_rows
-from clip_train.training.run_logger import RunLogger
+from clip_train.training.loggers.patient_writer import PatientWriter, append_whole
+from clip_train.training.loggers.rows import csv_text, drop_rows_after, whole_rows
+from clip_train.training.loggers.run_logger import RunLogger
 
 _KEY_COLUMNS = ["step", "samples_seen"]
 

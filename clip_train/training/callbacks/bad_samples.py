@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import Callback
 
 from clip_train.data.batches import BadSample
 from clip_train.errors import DataError
+from clip_train.training.loggers.rows import RowsFile, drop_rows_after
 from clip_train.training.module import ClipModule
-from clip_train.training.rows import RowsFile, drop_rows_after
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import numpy as np
 from clip_train.data.batches import TrainBatches
 from clip_train.data.files import write_atomic
 from clip_train.errors import DataError
-from clip_train.training.guard import StepRecord
+from clip_train.training.callbacks.guard import StepRecord
 
 
 def write_report(

@@ -17,46 +17,46 @@ from clip_train.checkpoints.retention import Retention
 from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.data.eval_batches import EvalBatches
 from clip_train.evaluation.feature_cache import features_key
-from clip_train.models.checkpointing import BLOCKS, NONE, checkpointing_mode
+from clip_train.models.activation_checkpointing import BLOCKS, NONE, checkpointing_mode
 from clip_train.models.compiling import compile_mode, convolves
 from clip_train.models.layers import innermost_blocks
 from clip_train.models.linear_probe import LinearProbe
-from clip_train.training.agreement import RankAgreement
-from clip_train.training.bad_samples import BadSamples
 from clip_train.training.cached_gradients import refuse_batch_norm
-from clip_train.training.checkpointing import Checkpointing
+from clip_train.training.callbacks.agreement import RankAgreement
+from clip_train.training.callbacks.bad_samples import BadSamples
+from clip_train.training.callbacks.checkpointing import Checkpointing
+from clip_train.training.callbacks.guard import Guard
+from clip_train.training.callbacks.guard_report import write_report
+from clip_train.training.callbacks.health import Health
+from clip_train.training.callbacks.metrics import TrainMetrics
+from clip_train.training.callbacks.micro_batch import MicroBatchSearch
+from clip_train.training.callbacks.progress import ProgressDisplay
+from clip_train.training.callbacks.sample_log import SampleLog
+from clip_train.training.callbacks.shard_staging import ShardStaging
+from clip_train.training.callbacks.trial_report import TrialReport
+from clip_train.training.callbacks.validation import AfterEvaluation, Validation, check_best_metric
+from clip_train.training.callbacks.watchdog import Watchdog
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.durations import Clock
-from clip_train.training.ema import WeightAverage
-from clip_train.training.guard import Guard
-from clip_train.training.guard_report import write_report
-from clip_train.training.health import Health
+from clip_train.training.instruments.limits import LimitLine, Settings
+from clip_train.training.instruments.loader_times import LoaderTimes
+from clip_train.training.instruments.profiling import StepProfile
+from clip_train.training.instruments.utilisation import Utilisation
 from clip_train.training.launch import World, cpus_per_process
-from clip_train.training.limits import LimitLine, Settings
-from clip_train.training.loader_times import LoaderTimes
-from clip_train.training.metrics import TrainMetrics
-from clip_train.training.micro_batch import MicroBatchSearch
 from clip_train.training.module import ClipModule
+from clip_train.training.optim.ema import WeightAverage
 from clip_train.training.parts import plain
 from clip_train.training.probe_start import ProbeStart
-from clip_train.training.profiling import StepProfile
-from clip_train.training.progress import ProgressDisplay
 from clip_train.training.rank_log import RankLog
 from clip_train.training.resume import Checkpoint, Resume
 from clip_train.training.rollback import RollBack
 from clip_train.training.run_folder import RunFolder, environment
 from clip_train.training.run_start import RunStart
-from clip_train.training.sample_log import SampleLog
-from clip_train.training.shard_staging import ShardStaging
 from clip_train.training.startup import announce
 from clip_train.training.strategy import timeouts
-from clip_train.training.trial_report import TrialReport
-from clip_train.training.utilisation import Utilisation
-from clip_train.training.validation import AfterEvaluation, Validation, check_best_metric
-from clip_train.training.watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from clip_train.training.compile_times import CompileTimes
+    from clip_train.training.instruments.compile_times import CompileTimes
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _profile(plan: RunPlan, metrics: TrainMetrics) -> list[StepProfile]:
 def _compile_times(plan: RunPlan) -> "CompileTimes | None":
     if compile_mode(plan.cfg.trainer.get("compile", False)) is None:
         return None
-    from clip_train.training.compile_times import CompileTimes  # the compiler's import takes seconds
+    from clip_train.training.instruments.compile_times import CompileTimes  # the compiler's import takes seconds
 
     return CompileTimes()
 

@@ -6,8 +6,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from clip_train.data.batches import Batch
+from clip_train.training.loggers.rows import RowsFile, drop_rows_after, read_rows
 from clip_train.training.module import ClipModule
-from clip_train.training.rows import RowsFile, drop_rows_after, read_rows
 
 _COLUMNS = ("samples_seen", "sample")
 

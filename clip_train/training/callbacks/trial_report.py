@@ -10,8 +10,8 @@ from lightning.pytorch.callbacks import Callback
 
 from clip_train.errors import RunExistsError
 from clip_train.sweeps.trial import TrialFile
-from clip_train.training.agreement import Vote
-from clip_train.training.metrics import TrainMetrics
+from clip_train.training.callbacks.agreement import Vote
+from clip_train.training.callbacks.metrics import TrainMetrics
 from clip_train.training.module import ClipModule
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from clip_train.training.patient_writer import PatientWriter, append_whole
+from clip_train.training.loggers.patient_writer import PatientWriter, append_whole
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from clip_train.training.metrics import TrainMetrics
+from clip_train.training.callbacks.metrics import TrainMetrics
 from clip_train.training.module import ClipModule
 
 log = logging.getLogger(__name__)

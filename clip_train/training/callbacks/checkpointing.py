@@ -19,9 +19,9 @@ from clip_train.checkpoints.writer import CheckpointWriter
 from clip_train.distributed import gather_objects, max_on_hosts
 from clip_train.errors import SaveError
 from clip_train.heartbeat import beat
-from clip_train.training.agreement import Vote
+from clip_train.training.callbacks.agreement import Vote
+from clip_train.training.callbacks.metrics import TrainMetrics
 from clip_train.training.durations import passes
-from clip_train.training.metrics import TrainMetrics
 from clip_train.training.module import ClipModule
 from clip_train.training.signals import stop_requested
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 
 from clip_train.errors import ConfigError
 from clip_train.models import DualEncoder, create_dual_encoder
-from clip_train.models.checkpointing import (
+from clip_train.models.activation_checkpointing import (
     BLOCKS,
     MODES,
     NONE,

@@ -12,13 +12,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from clip_train.heartbeat import beat
-from clip_train.training.guard import Guard
-from clip_train.training.limits import LimitLine
-from clip_train.training.loader_times import LoaderTimes
+from clip_train.training.callbacks.guard import Guard
+from clip_train.training.instruments.limits import LimitLine
+from clip_train.training.instruments.loader_times import LoaderTimes
+from clip_train.training.instruments.step_times import DATA, StepTimes
+from clip_train.training.instruments.utilisation import Utilisation
+from clip_train.training.loggers.run_logger import RunLogger
 from clip_train.training.module import ClipModule
-from clip_train.training.run_logger import RunLogger
-from clip_train.training.step_times import DATA, StepTimes
-from clip_train.training.utilisation import Utilisation
 
 log = logging.getLogger(__name__)
 

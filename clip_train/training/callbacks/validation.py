@@ -17,11 +17,11 @@ from clip_train.evaluation.classification import Predictions, classification_met
 from clip_train.evaluation.features import Features, encode_pairs
 from clip_train.evaluation.retrieval import METRICS, retrieval_metrics
 from clip_train.evaluation.zero_shot import evaluating, make_classifier, set_classes
+from clip_train.training.callbacks.metrics import TrainMetrics, log_metrics
 from clip_train.training.durations import passes
-from clip_train.training.ema import WeightAverage
 from clip_train.training.fsdp import whole_weights
-from clip_train.training.metrics import TrainMetrics, log_metrics
 from clip_train.training.module import ClipModule
+from clip_train.training.optim.ema import WeightAverage
 
 log = logging.getLogger(__name__)
 

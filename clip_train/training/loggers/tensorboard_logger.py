@@ -10,8 +10,8 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from clip_train.errors import ConfigError
-from clip_train.training.patient_writer import PatientWriter, append_whole
-from clip_train.training.run_logger import RunLogger
+from clip_train.training.loggers.patient_writer import PatientWriter, append_whole
+from clip_train.training.loggers.run_logger import RunLogger
 
 
 class TensorboardLogger(RunLogger):

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from clip_train.training.step_times import COMMUNICATION, DATA, PARTS
+from clip_train.training.instruments.step_times import COMMUNICATION, DATA, PARTS
 
 LAUNCH, COMPUTE = "launch", "compute"
 _WAITING = 0.1  # of a step, for data or other ranks, that is too much

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from clip_train.errors import ConfigError
 from clip_train.models.layers import hidden_matrices, layer_numbers
-from clip_train.training.adamw_bf16 import BF16AdamW
-from clip_train.training.bad_step import make_skippable
+from clip_train.training.optim.adamw_bf16 import BF16AdamW
+from clip_train.training.optim.bad_step import make_skippable
 
 TOWERS = ("vision", "text")
 # Of the `optim` group, what is not an argument of the optimizer.
@@ -38,7 +38,7 @@ class Kind:
 
 def _adamw_8bit(*args: Any, **options: Any) -> torch.optim.Optimizer:
     try:
-        from clip_train.training.adamw_8bit import AdamW8bit
+        from clip_train.training.optim.adamw_8bit import AdamW8bit
     except ImportError as error:
         raise ConfigError(
             f"optim.state=8bit needs torchao: pip install '.[torchao]' in the checkout ({error})"

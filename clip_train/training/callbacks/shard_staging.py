@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from clip_train.data.batches import Batch
 from clip_train.data.remote_shards import urls_ahead
 from clip_train.data.stage_ahead import StageAhead
-from clip_train.training.agreement import Vote
+from clip_train.training.callbacks.agreement import Vote
 from clip_train.training.data_module import ClipDataModule
 from clip_train.training.module import ClipModule
 

@@ -1,0 +1,1 @@
+"""Where the time goes: parts of a step, utilisation, what limits a run, profiles."""
