@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from clip_train.checkpoints.folder import list_checkpoints, samples_of
 from clip_train.training.callbacks.sample_log import read_sample_log
 from clip_train.training.loggers.csv_logger import read_metrics
 from tests.cli.runs import TINY, clip_train, start_clip_train, train_tiny
@@ -93,8 +94,8 @@ def test_damage_of_six_kinds_is_counted_to_the_sample(tmp_path, make_shards):
 def test_a_shard_that_vanishes_during_the_run_ends_it_on_all_ranks(tmp_path, make_shards):
     shards = make_shards([40] * 8)
     arguments = [*ARGUMENTS, f"data.train.shards={Path(shards[0]).parent}/*.tar", "trainer.devices=2"]
-    arguments += [f"output_dir={tmp_path}", "run_name=run", "max_steps=2000", "data.lanes=2", "data.shuffle_window=8"]
-    process = start_clip_train(*arguments)
+    arguments += [f"output_dir={tmp_path}", "run_name=run", "data.lanes=2", "data.shuffle_window=8"]
+    process = start_clip_train(*arguments, "max_steps=2000")
     metrics = tmp_path / "run" / "metrics.csv"
     deadline = time.monotonic() + 120
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 3:
@@ -102,10 +103,23 @@ def test_a_shard_that_vanishes_during_the_run_ends_it_on_all_ranks(tmp_path, mak
         assert time.monotonic() < deadline
         time.sleep(0.02)
     for shard in shards:
-        Path(shard).unlink()
+        Path(shard).rename(f"{shard}.away")
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert "clip-train: error: shard" in errors and "cannot be read any more: it does not exist" in errors
+    reached = max(_samples(metrics))
+    assert samples_of(list_checkpoints(tmp_path / "run" / "checkpoints")[-1]) == reached
+    for shard in shards:
+        Path(f"{shard}.away").rename(shard)
+    process = start_clip_train(*arguments, "resume=auto", f"max_samples={reached + 96}")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert _samples(metrics) == list(range(32, reached + 96 + 1, 32))
+
+
+def _samples(metrics: Path) -> list[int]:
+    """Of the steps in a metrics.csv."""
+    return [int(float(row["samples_seen"])) for row in read_metrics(metrics)[1] if row["train/loss"]]
 
 
 def test_a_mixture_keeps_its_shares_and_reports_epochs(tmp_path, make_shards):

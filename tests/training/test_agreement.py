@@ -21,8 +21,9 @@ from clip_train.training.instruments.step_times import StepTimes
 )
 def test_data_that_cannot_be_read_end_a_run_so_that_it_may_be_started_again(tmp_path, passing, samples_seen, error):
     module: Any = SimpleNamespace(samples_seen=samples_seen, times=StepTimes(torch.device("cpu")))
-    agreement = RankAgreement(BadSamples(tmp_path / "bad.csv", max_fraction=0.1))
+    saved = []
+    agreement = RankAgreement(BadSamples(tmp_path / "bad.csv", 0.1), (), save=lambda *where: saved.append(where))
     batch = failed("shard 3.tar cannot be read any more", passing=passing)
     with pytest.raises(error, match="cannot be read any more") as raised:
         agreement.on_train_batch_start(cast(Any, None), module, batch, 0)
-    assert type(raised.value) is error
+    assert type(raised.value) is error and saved == [(None, module)]

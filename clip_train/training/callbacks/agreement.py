@@ -40,13 +40,16 @@ class RankAgreement(Callback):
     Args:
         bad_samples: told of every rank's.
         votes: what others want the sum of.
+        save: called on all ranks before the run ends because there is no data for a step.
 
     Attributes:
         stopped_by_signal: the run was cut short and can be resumed.
     """
 
-    def __init__(self, bad_samples: BadSamples, votes: Sequence[Vote] = ()) -> None:
-        self.bad_samples, self.votes = bad_samples, votes
+    def __init__(
+        self, bad_samples: BadSamples, votes: Sequence[Vote], save: Callable[[L.Trainer, ClipModule], None]
+    ) -> None:
+        self.bad_samples, self.votes, self.save = bad_samples, votes, save
         self.stopped_by_signal = False
         self._group: Any = None
 
@@ -68,6 +71,7 @@ class RankAgreement(Callback):
         if failed:
             errors = [(batch["error"], batch.get("passing", False))] if batch["error"] else []
             reason, passing = gather_objects(errors, self._group)[0]
+            self.save(trainer, pl_module)
             # A run that has come so far had its data right: started again, it may go on.
             raise FaultError(reason) if passing and pl_module.samples_seen else DataError(reason)
         if bad:

@@ -118,7 +118,8 @@ def make_callbacks(plan: RunPlan, rank_log: RankLog, console: Console) -> RunCal
     metrics = _metrics(plan, bad_samples, staging, guard)
     checkpointing = _checkpointing(plan, metrics)
     trial = TrialReport(folder.path, plan.world.rank, plan.clock.cadence(cfg.eval.every, "eval.every"), metrics)
-    agreement = RankAgreement(bad_samples, [staging.retries, trial.vote, *checkpointing.votes])
+    votes = [staging.retries, trial.vote, *checkpointing.votes]
+    agreement = RankAgreement(bad_samples, votes, save=checkpointing.save_between_steps)
     average = None if cfg.ema.decay is None else WeightAverage(cfg.ema.decay)
     validation = _validation(plan, metrics, average, (checkpointing.after_evaluation, trial.after_evaluation))
     watchdog = Watchdog(folder.path / "stacks", *timeouts(cfg))

@@ -171,6 +171,13 @@ class Checkpointing(Callback):
             " then run again with resume=auto"
         )
 
+    def save_between_steps(self, trainer: L.Trainer, pl_module: ClipModule) -> None:
+        """Save this moment, on all ranks, if it is not saved, as the next step cannot be made; failures are logged."""
+        if pl_module.samples_seen in (0, self._saved_samples) or self.metrics.in_bad_row(trainer):
+            return
+        self._save(trainer, pl_module)
+        self._wait_for_ranks()
+
     def on_exception(self, trainer, pl_module, exception: BaseException) -> None:
         """Let a checkpoint that is being written be completed, unless the user wants to leave at once."""
         if not isinstance(exception, KeyboardInterrupt):
