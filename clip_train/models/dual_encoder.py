@@ -78,15 +78,14 @@ class DualEncoder(nn.Module):
     ) -> Float[Tensor, "b 3 height width"]:
         """What the image tower takes: uint8 pixels less their mean, over their deviation; others as they are.
 
-        They are computed in the buffers' type. Under autocast they are written in its type at once: the tower's first
-        product would round them the same, after they had been copied patch by patch in twice the bytes.
+        They are computed in the buffers' type, in one piece of memory. Under autocast they are rounded to its type here:
+        the tower's first product would round them the same, after a copy patch by patch in twice the bytes.
         """
         if pixels.dtype != torch.uint8:
             return pixels
         device = pixels.device.type
-        centred = pixels - self.image_mean  # one pass, which converts
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else centred.dtype
-        return torch.div(centred, self.image_std, out=torch.empty_like(centred, dtype=dtype))
+        normalised = pixels.to(self.image_mean.dtype).sub_(self.image_mean).div_(self.image_std)
+        return normalised.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normalised
 
     def encode_text(self, ids: Int64[Tensor, "b context"] | TokenIds) -> Float[Tensor, "b embed"]:
         """Unit vectors. Ids that are on the host, wherever the model is, take only the time that their lengths need."""

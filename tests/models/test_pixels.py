@@ -1,4 +1,4 @@
-"""What is done to the pixels of a batch: how often they are written before the first product, nothing in backward."""
+"""What is done to the pixels of a batch: rounded once, before the first product copies them; nothing in backward."""
 
 from typing import Any
 
@@ -62,8 +62,8 @@ def test_under_autocast_they_are_copied_in_the_type_of_the_product():
     model, pixels = model_of("patches"), pictures()
     with torch.autocast("cpu", torch.bfloat16), Operators() as operators:
         model.encode_image(pixels)
-    # Less their mean; over their deviation; patch by patch.
-    assert operators.written(pixels.numel()) == [torch.float32, torch.bfloat16, torch.bfloat16]
+    # Converted, less their mean, over their deviation, in place; then rounded, and patch by patch.
+    assert operators.written(pixels.numel()) == 3 * [torch.float32] + 2 * [torch.bfloat16]
 
 
 @pytest.mark.parametrize("vision", VISIONS)
