@@ -78,8 +78,8 @@ class DualEncoder(nn.Module):
     ) -> Float[Tensor, "b 3 height width"]:
         """What the image tower takes: uint8 pixels less their mean, over their deviation; others as they are.
 
-        They are computed in the buffers' type, in one piece of memory. Under autocast they are rounded to its type here:
-        the tower's first product would round them the same, after a copy patch by patch in twice the bytes.
+        They are computed in the buffers' type, in one piece of memory. Under autocast they are rounded to its type: the
+        tower's first product would round them the same, after a copy patch by patch in twice the bytes.
         """
         if pixels.dtype != torch.uint8:
             return pixels

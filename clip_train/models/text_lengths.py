@@ -33,6 +33,15 @@ class TokenIds:
         """Some of the texts."""
         return TokenIds(self.ids[part], self.lengths[part])
 
+    def rows(self, numbers: Int64[np.ndarray, " b"]) -> Int64[Tensor, " b"]:
+        """Row numbers where the ids are, sent without waiting for what the device is doing."""
+        on_host = torch.from_numpy(numbers)
+        return on_host.pin_memory().to(self.ids.device, non_blocking=True) if self.ids.is_cuda else on_host
+
+    def take(self, numbers: Int64[np.ndarray, " b"]) -> "TokenIds":
+        """The texts of these rows, in this order."""
+        return TokenIds(self.ids[self.rows(numbers)], self.lengths[numbers])
+
 
 def on_device(ids: Int64[Tensor, "b context"] | TokenIds, tower: nn.Module, device: torch.device) -> Tensor | TokenIds:
     """The ids where the tower is, as it takes them: with their lengths, if these are known and it has use for them."""
@@ -85,9 +94,9 @@ def encode_by_length(
     if len(groups) == 1:
         return encode(ids.ids[:, : groups[0].length])
     order = np.argsort(padded, kind="stable")
-    parts = ids.ids[_on_device(order, ids.ids)].split([group.texts for group in groups])
+    parts = ids.ids[ids.rows(order)].split([group.texts for group in groups])
     encoded = [encode(part[:, : group.length]) for part, group in zip(parts, groups)]
-    return torch.cat(encoded)[_on_device(np.argsort(order), ids.ids)]
+    return torch.cat(encoded)[ids.rows(np.argsort(order))]
 
 
 class _Group(NamedTuple):
@@ -110,12 +119,6 @@ def _groups(padded: Int64[np.ndarray, " b"], one: bool) -> list[_Group]:
         shortest, longer, *others = groups
         return [_Group(longer.length, shortest.texts + longer.texts), *others]
     return groups
-
-
-def _on_device(rows: Int64[np.ndarray, " b"], like: Tensor) -> Int64[Tensor, " b"]:
-    """Row numbers, sent without waiting for what the device is doing."""
-    numbers = torch.from_numpy(rows)
-    return numbers.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else numbers.to(like.device)
 
 
 def _can_measure(ids: Tensor) -> bool:

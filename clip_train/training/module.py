@@ -38,6 +38,7 @@ from clip_train.training.memory import explained_out_of_memory
 from clip_train.training.optim.bad_step import clip_or_skip, restore_unless, running_statistics, telling_seed
 from clip_train.training.optim.optimizer import build_optimizer, set_rates, with_settings_of
 from clip_train.training.optim.schedule import COSINE, make_schedule
+from clip_train.training.sorted_texts import sort_texts
 
 Loss = Callable[..., Tensor]
 
@@ -141,6 +142,7 @@ class ClipModule(L.LightningModule):
             del features
             self._synchronised_backward(loss, last=True)
             return loss.detach()
+        inputs, loss_of = sort_texts(inputs, loss_of)
         with self.times.part(LOSS):  # that is left for what has no part of its own: the loss's gradients, too
             return cached_backward(
                 self.times.timed(FORWARD, encoding_once(self.model)),

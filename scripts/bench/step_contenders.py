@@ -26,6 +26,7 @@ from clip_train.models.float8 import use_float8
 from clip_train.models.text_lengths import with_lengths
 from clip_train.training.cached_gradients import cached_backward
 from clip_train.training.optim.optimizer import build_optimizer
+from clip_train.training.sorted_texts import sort_texts
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
 _ADAMW: dict[str, Any] = {"lr": 5e-4, "weight_decay": 0.2, "betas": (0.9, 0.98), "eps": 1e-6}
@@ -142,7 +143,8 @@ def _ours(job: StepJob, micro_batch: int | None) -> Callable[[], None]:
                 backward(contrastive_loss(*encoder(*inputs), **scalars))
             else:
                 parts = {"micro_batch_size": micro_batch, "backward": backward}
-                cached_backward(encoder, contrastive_loss, scalars, inputs, **parts)
+                sorted_inputs, loss = sort_texts(inputs, contrastive_loss)
+                cached_backward(encoder, loss, scalars, sorted_inputs, **parts)
         torch.nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         encoder.clamp_logit_scale()
