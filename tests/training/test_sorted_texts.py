@@ -1,5 +1,7 @@
 """Micro-batches of texts of similar length: the same step, with less padding."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch.testing import assert_close
@@ -36,15 +38,15 @@ def test_the_step_is_that_of_the_whole_batch_with_less_padding():
         lambda _, args, named: tokens.append(named["input_ids"].numel()), with_kwargs=True
     )
     counts = []
-    for inputs_and_loss in ((inputs, contrastive_loss), sort_texts(inputs, contrastive_loss)):
+    ways: list[Any] = [(inputs, contrastive_loss), sort_texts(inputs, contrastive_loss)]
+    for taken, loss in ways:
         model.zero_grad()
         tokens.clear()
-        (images, texts), loss = inputs_and_loss
         value = cached_backward(
             model,
             loss,
             model.logit_parameters(),
-            (images, texts),
+            taken,
             micro_batch_size=2,
             backward=lambda scalar, last: scalar.backward(),
         )
