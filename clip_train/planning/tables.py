@@ -9,11 +9,13 @@ from clip_train.planning.hardware import CPU
 from clip_train.planning.plan import Plan, Variant
 from clip_train.planning.timing import LATENCY
 
+_LEAST_WIDTH = 160  # characters
 _GIB, _GIGA, _DASH = 2**30, 1e9, "–"
 
 
 def print_plan(plan: Plan, console: Console) -> None:
     """All of it."""
+    console.width = max(console.width, _LEAST_WIDTH)  # in a file, or a narrow terminal, figures would be cut off
     job, clock = plan.chosen.job, plan.clock
     console.print(
         f"{plan.model_name}: {clock.total_samples:,} pairs, {clock.total_samples // clock.batch_size:,} steps of"

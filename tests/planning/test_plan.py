@@ -34,7 +34,7 @@ def both(tmp_path, *arguments: str) -> tuple[dict, str]:
 def test_the_figures_agree_with_each_other(tmp_path):
     two_nodes = ["batch_size=2048", "trainer.devices=4", "trainer.num_nodes=2"]
     found, out = both(tmp_path, *two_nodes, "plan.price_per_hour=3")
-    assert "│ cost " in out
+    assert "│ cost " in out and "…" not in out  # what is no terminal is wide enough for all figures
     chosen = found["chosen"]
     step = sum(chosen["step"][part] for part in ("towers", "loss", "loss_exchange", "gradient_exchange"))
     assert chosen["pairs_per_second"] == pytest.approx(2048 / step)
